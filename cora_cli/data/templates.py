@@ -149,7 +149,8 @@ class Template:
         if self.name != "chat" or self.schema != "messages":
             return []
         records = list(records)
-        unread = {name for name in TEMPLATE_COLUMNS[:2] if self._is_without_effect(name, records)}
+        mentioned = self._chat.words[True] & {*TEMPLATE_COLUMNS[:2]}
+        unread = {name for name in mentioned if self._is_without_effect(name, records)}
         for record in records:
             values = template_values(record)
             given = {name for message in record["messages"] for name, value in message.items() if value is not None}
