@@ -6,8 +6,8 @@ not those of the model's own attention on single examples, the run pads its batc
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -120,29 +120,27 @@ class _Check:
     def __init__(self, model: Any, probes: Sequence[Example], hardware: Hardware) -> None:
         self._model, self._inner, self._probes, self._hardware = model, transformers_model(model), probes, hardware
         self._keeps_logits = "logits_to_keep" in inspect.signature(self._inner.forward).parameters
-        for self._dtype in (*precisions(model), None):
-            try:
-                self._reference = self._alone()
-            except _Unsupported as error:
-                if self._dtype is None:
-                    raise CoraError(f"{type(self._inner).__name__} cannot be trained: {error}") from error
-            else:
-                return
+        self._dtype, self._reference = self._in_first_precision(lambda dtype: self._alone(dtype, probes))
 
     def compare_training_mode(self) -> None:
         """Say where the short probes have other losses in training mode, as by noise of a model's own under a name that is not known here.
 
         Raises `CoraError` for a model that computes none there.
         """
-        short = [place for place, probe in enumerate(self._probes) if len(probe.input_ids) <= PROBE]
-        self._model.train()
-        try:
-            found = self._alone(short)
-        except _Unsupported as error:
-            raise CoraError(f"{type(self._inner).__name__} cannot be trained: in training, {error}") from error
-        finally:
-            self._model.eval()
-        if (worst := self._worst(found, short)) > TOLERANCES[self._dtype]:
+        short = [probe for probe in self._probes if len(probe.input_ids) <= PROBE]
+
+        def in_training(dtype: torch.dtype | None) -> list[torch.Tensor]:
+            self._model.train()
+            try:
+                return self._alone(dtype, short)
+            except _Unsupported as error:
+                raise _Unsupported(f"in training, {error}") from error
+            finally:
+                self._model.eval()
+
+        # A family may compute a part by itself in training, in the precision of the weights alone.
+        dtype, found = self._in_first_precision(in_training)
+        if (worst := _worst(found, self._alone(dtype, short))) > TOLERANCES[dtype]:
             say(
                 f"{type(self._inner).__name__} computes other losses in training than in evaluation (by {worst:.1e}), such as by noise of its own, so "
                 "that what it is trained for is not quite what it is evaluated by"
@@ -170,8 +168,8 @@ class _Check:
         own, default = self._inner.config._attn_implementation, self._reference
         if own == "eager" or self._set_attention("eager"):
             return
-        self._reference = self._alone()
-        if self._worst(default) <= TOLERANCES[self._dtype]:
+        self._reference = self._alone(self._dtype, self._probes)
+        if _worst(default, self._reference) <= TOLERANCES[self._dtype]:
             self._inner.set_attn_implementation(own)
             self._reference = default
 
@@ -196,28 +194,41 @@ class _Check:
                 raise
             forget_failed_pass(model)
             return f"{where} ends in {type(error).__name__} ({reason(error)[:120]})"
-        worst = self._worst(found)
+        worst = _worst(found, self._reference)
         if worst <= TOLERANCES[None if native else self._dtype]:
             return None
         return f"{where} has other losses than single examples (by {worst:.1e})"
 
-    def _alone(self, places: Sequence[int] | None = None) -> list[torch.Tensor]:
-        """Losses of the last tokens of each probe alone, or of those at some `places`, by the model as transformers calls it."""
+    def _in_first_precision(
+        self, compute: Callable[[torch.dtype | None], list[torch.Tensor]]
+    ) -> tuple[torch.dtype | None, list[torch.Tensor]]:
+        """What is computed in the first precision that the model allows for it, and that precision; the last one, None, is that of the training."""
+        for dtype in precisions(self._model):
+            with suppress(_Unsupported):
+                return dtype, compute(dtype)
+        try:
+            return None, compute(None)
+        except _Unsupported as error:
+            raise CoraError(f"{type(self._inner).__name__} cannot be trained: {error}") from error
+
+    def _alone(self, dtype: torch.dtype | None, probes: Sequence[Example]) -> list[torch.Tensor]:
+        """Losses of the last tokens of each probe alone, by the model as transformers calls it."""
         found = []
-        with self._precision(self._dtype):
-            for probe in self._probes if places is None else [self._probes[place] for place in places]:
+        with self._precision(dtype):
+            for probe in probes:
                 ids = torch.tensor([probe.input_ids], device=self._inner.device)
                 responses = len(probe.input_ids) - probe.prompt_length
                 kept = {"logits_to_keep": responses + 1} if self._keeps_logits else {}
-                found.append(token_losses(self._logits(ids, **kept)[0, -responses - 1 : -1], ids[0, -responses:]))
+                logits = self._logits(dtype, ids, **kept)
+                found.append(token_losses(logits[0, -responses - 1 : -1], ids[0, -responses:]))
         return found
 
-    def _logits(self, ids: torch.Tensor, **kept: int) -> torch.Tensor:
-        """The logits (1, tokens, vocabulary) of one example. Raises `_Unsupported` where the model computes none from token ids."""
+    def _logits(self, dtype: torch.dtype | None, ids: torch.Tensor, **kept: int) -> torch.Tensor:
+        """The logits (1, tokens, vocabulary) of one example in `dtype`. Raises `_Unsupported` where the model computes none from token ids."""
         try:
             logits = getattr(self._model(input_ids=ids, **kept), "logits", None)
         except UNSUPPORTED as error:
-            if self._dtype is None and is_out_of_memory(error):  # a lower precision may fit
+            if dtype is None and is_out_of_memory(error):  # a lower precision may fit
                 raise
             forget_failed_pass(self._model)
             raise _Unsupported(
@@ -226,16 +237,6 @@ class _Check:
         if not isinstance(logits, torch.Tensor):
             raise _Unsupported("it computes no logits of next tokens")
         return logits
-
-    def _worst(self, found: Sequence[torch.Tensor], places: Sequence[int] | None = None) -> float:
-        """The largest mean difference of a probe's losses, or of those at some `places`, from the reference, relative to one more than their mean."""
-        worst = 0.0
-        reference = self._reference if places is None else [self._reference[place] for place in places]
-        for losses, wanted in zip(found, reference, strict=True):
-            if wanted.isfinite().all():  # else the first loss of the run says so
-                difference = (losses - wanted).abs().mean() / (1 + wanted.abs().mean())
-                worst = max(worst, difference.nan_to_num(torch.inf).item())
-        return worst
 
     def _set_attention(self, name: str) -> str | None:
         """Set an attention implementation of the model, or return why it does not take it."""
@@ -247,3 +248,13 @@ class _Check:
 
     def _precision(self, dtype: torch.dtype | None) -> Any:
         return computing_in(self._model, dtype) if dtype else nullcontext()
+
+
+def _worst(found: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:
+    """The largest mean difference of a probe's losses from those in `reference`, relative to one more than their mean."""
+    worst = 0.0
+    for losses, wanted in zip(found, reference, strict=True):
+        if wanted.isfinite().all():  # else the first loss of the run says so
+            difference = (losses - wanted).abs().mean() / (1 + wanted.abs().mean())
+            worst = max(worst, difference.nan_to_num(torch.inf).item())
+    return worst

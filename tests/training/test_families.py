@@ -22,6 +22,7 @@ REPRESENTATIVES = frozenset(
     {
         *("llama", "gemma2"),  # packed
         *("phimoe", "roberta", "gpt_oss"),  # whose packed rows have other losses
+        "gemma3n_text",  # which computes a part by itself in training, in the precision of the weights alone
         *("bert", "phi3-longrope"),  # positions or embeddings that depend on the row
         *("bloom", "gptj", "mamba"),  # which compute attention by themselves
         *("gpt2", "falcon"),  # whose linear layers are of classes of their own
