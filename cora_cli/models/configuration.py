@@ -191,4 +191,5 @@ def depends_on_batch(config: Any) -> bool:
         getattr(decoder, "attention_type", None) == "block_sparse"
         or hasattr(decoder, "lsh_attn_chunk_length")
         or hasattr(decoder, "keep_window_size")
+        or any(getattr(decoder, name, None) for name in ("index_topk", "indexer_budget"))
     )

@@ -127,6 +127,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "data2vec-text": {**BERT, "pad_token_id": 1, "bos_token_id": 0},
     "deepseek_v2": {**LATENT, "head_dim": 4},
     "deepseek_v3": LATENT,
+    "deepseek_v32": {**LATENT, "index_topk": 8, "index_n_heads": 4, "index_head_dim": 8},
     "diffllama": {},
     "doge": {"keep_window_size": 8},
     "dots1": {
