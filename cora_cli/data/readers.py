@@ -313,8 +313,11 @@ def _read_folder(path: Path, split: str | None, usual: str) -> Iterator[tuple[st
 
 def _read_hub(dataset: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
     import datasets
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     name, _, revision = dataset.partition("@")
+    if not HF_HUB_OFFLINE:  # without a network the package tries for half a minute, and the name may be a mistyped file's
+        say(f"{dataset} is no file or folder here: asking the hub for a data set of that name")
     try:
         builder = _of_revision(datasets.load_dataset_builder(name, subset, revision=revision or None), dataset)
         builder.download_and_prepare()

@@ -56,3 +56,16 @@ def test_without_the_hub_the_revision_that_was_asked_for_is_read(name: str, revi
 def test_without_the_hub_a_revision_that_is_not_cached_is_refused(name: str):
     with pytest.raises(CoraError, match=f"'{name}': the hub could not be reached, and .* does not hold this revision"):
         list(read_located(name))
+
+
+def test_a_name_that_is_no_file_is_said_to_be_asked_of_the_hub_before_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def ask(*_: object, **__: object) -> None:
+        assert "data/trian is no file or folder here: asking the hub" in capsys.readouterr().err
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset_builder", ask)
+    with pytest.raises(CoraError, match="'data/trian' is not a local file and could not be loaded from the hub: no network"):
+        list(read_located("data/trian"))
