@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
 from cora_cli import writing
@@ -44,6 +45,8 @@ _POSITIONS_BEHIND_PADDING = (
     "roberta-prelayernorm",
     "xmod",
 )
+_OF_ALL_KINDS = "It's 1,234 or 2026: naïve café\n\n    def f(x):\treturn x + 10  # 中文 Привет 😀 DON'T"
+"""A text of what tokenizers split in different ways: numbers, apostrophes, white space, letters of several alphabets."""
 _BUFFERS = ("bias", "mask", "ids")
 """Endings of the names of masks and positions that older checkpoints store."""
 
@@ -264,6 +267,7 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
                 "it as UTF-8 without one"
             )
     _say_special_tokens(model, tokenizer)
+    _say_other_tokens(model, tokenizer)
     if tokenizer.eos_token_id is None:
         stated = model.generation_config().get("eos_token_id")
         known = stated if isinstance(stated, int) else tokenizer.sep_token_id
@@ -346,6 +350,26 @@ def _say_special_tokens(model: ModelPath, tokenizer: Any) -> None:
             say(
                 f"{model.reference}: {name} is {one!r} in {paths[0].name}, but {other!r} in {paths[1].name}; {getattr(tokenizer, name)!r} is used"
             )
+
+
+def _say_other_tokens(model: ModelPath, tokenizer: Any) -> None:
+    """Say where a tokenizer gives other tokens than its tokenizer.json describes.
+
+    For some types of models transformers takes only the vocabulary from there, and splits text as the class of the type does.
+    """
+    path = model.path / "tokenizer.json"
+    if not tokenizer.is_fast or type(tokenizer) is PreTrainedTokenizerFast or not path.is_file():
+        return
+    described = Tokenizer.from_file(str(path))
+    described.no_truncation()
+    described.no_padding()
+    if described.encode(_OF_ALL_KINDS, add_special_tokens=False).ids != [
+        *tokenizer(_OF_ALL_KINDS, add_special_tokens=False)["input_ids"]
+    ]:
+        say(
+            f"{model.reference}: transformers splits text as its {type(tokenizer).__name__} does, into other tokens than tokenizer.json describes, "
+            "which other programs and versions may follow"
+        )
 
 
 def _named_templates(templates: list[Any], path: Path) -> dict[str, Any]:

@@ -435,3 +435,15 @@ def test_a_tokenizer_that_knows_no_letter_a_is_loaded(tiny_model, tmp_path):
     inner.pre_tokenizer = Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(directory)
     assert load_tokenizer(resolve_model(str(directory)))("CAT")["input_ids"] == [2, 1, 4]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_tokenizer_that_transformers_reads_otherwise_than_its_file_says_is_named(model_type, tiny_model, tmp_path, capsys):
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    writing.write_json(directory / "config.json", {**config, "model_type": model_type})
+    ids = load_tokenizer(resolve_model(str(directory)))("2026 !")["input_ids"]
+    described = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    is_said = "transformers splits text as its Qwen2Tokenizer does" in capsys.readouterr().err
+    assert is_said == (model_type == "qwen2")
+    assert is_said or ids == described.encode("2026 !").ids
