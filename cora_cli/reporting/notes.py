@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from cora_cli.evaluation.metrics import build_metrics, scales
 from cora_cli.evaluation.shortcomings import KINDS
 from cora_cli.experiments.paper import paper
+from cora_cli.methods.registry import METHODS
+from cora_cli.reporting.collect import Result
 from cora_cli.reporting.comparison import Comparison, digits, title
 from cora_cli.reporting.learning_rate_sweep import AT_EDGE, UNSWEPT, VALIDATION, at_edge, deciding_seeds, eligible
 from cora_cli.reporting.measures import LOSS
@@ -176,6 +178,8 @@ def _answer_notes(group: Group) -> list[str]:
         # Of earlier versions: `auto` became one of the others.
         values = dict.fromkeys(clean(str(value)) for value in found if value not in (None, "auto"))
         differing += [f"{name} ({', '.join(values)})"] if len(values) > 1 else []
+    draws = dict.fromkeys(count for result in results if (count := _draws(result)) is not None)
+    differing += [f"draws of the weights ({', '.join(draws)})"] if len(draws) > 1 else []
     prompts = {known for result in results if (known := result.generation.get("prompts_sha256"))}
     if len(prompts) > 1 and not any(name.startswith("template") for name in differing):
         notes.append(
@@ -186,6 +190,15 @@ def _answer_notes(group: Group) -> list[str]:
             f"The answers were generated with different settings, from which differences between rows may come: {'; '.join(differing)}."
         )
     return notes + _shortcoming_notes(group)
+
+
+def _draws(result: Result) -> str | None:
+    """The draws of a distribution of weights whose probabilities were averaged, 0 where they are those of its mean; None where no distribution is known."""
+    settings, mode = result.generation.get("settings", {}), result.row.mode
+    drawn = "laplace" in result.record or (mode in METHODS and METHODS[mode].learns_distribution)
+    if not settings or not (drawn or settings.get("draws")):
+        return None
+    return "/".join(dict.fromkeys(map(str, settings.get("draws") or [0])))
 
 
 def _shortcoming_notes(group: Group) -> list[str]:

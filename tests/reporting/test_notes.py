@@ -42,6 +42,18 @@ def test_rows_of_other_settings_and_of_trained_prompts_are_named_under_the_table
     assert "The scores are of the records of /data/other.jsonl. " in " ".join(report([str(grid)]).split())
 
 
+def test_seeds_whose_answers_average_other_numbers_of_draws_are_not_pooled_without_a_word(tmp_path):
+    rows = [Made("scalabl", "scalabl", seed, b_init="zeros") for seed in (0, 1)]
+    grid = make_grid(tmp_path / "grid", rows, prompts=6)
+    metrics = sorted(grid.rglob("metrics.json"))
+    for place, drawn in zip(metrics, ({"draws": [10]}, {}), strict=True):
+        record = read_json(place)
+        settings = {**record["generation"]["settings"], **drawn}
+        writing.write_json(place, {**record, "generation": {**record["generation"], "settings": settings}})
+    text = " ".join(report([str(grid)]).split())
+    assert "different settings, from which differences between rows may come: draws of the weights (10, 0)" in text
+
+
 def test_answers_whose_scores_say_less_than_they_seem_to_are_counted_by_row_under_the_table(tmp_path):
     grid = make_grid(tmp_path / "grid", [Made("fb", "fb"), *(Made("lora", "lora", seed=seed) for seed in (0, 1))], prompts=6)
     assert "Answers cut" not in report([str(grid)])
