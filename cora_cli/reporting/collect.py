@@ -26,7 +26,7 @@ class Result:
 
     `measures` holds only what was measured. `record` is `run.json`, empty if nothing was trained. `generation` holds the settings of
     generation, `log` the lines of `log.jsonl`. `references` is a hash of the evaluated records, None without an evaluation. `trained` is
-    the number of trained parameters, `adapter_bytes` the size of the weights on disk. `counts` holds what was counted in programs.
+    the number of trained parameters, `adapter_bytes` the size of the weights on disk. `counts` holds what was counted in programs, `members` the `run.json` of each run behind an average.
     """
 
     row: Row
@@ -38,6 +38,7 @@ class Result:
     trained: int | None
     adapter_bytes: int | None
     counts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    members: tuple[dict[str, Any], ...] = ()
 
     @property
     def starts_at_base(self) -> bool:
@@ -253,8 +254,10 @@ def _read_row(
     record, log = {}, []
     trained: int | None = 0 if row.mode == "base" else None
     adapter_bytes: int | None = trained
+    members: list[dict[str, Any]] = []
     for member in map(RunDirectory, row.members):
         one = _finished_record(member, row, logs, step_records)
+        members.append(one)
         if step_records:
             step_records.require(member.root)
         trained = (trained or 0) + one["parameters"]["trained"]
@@ -298,7 +301,7 @@ def _read_row(
         if not measures:
             raise
         missing.append(Missing(row, "evaluation", str(error)))
-    return Result(row, measures, record, generation, log, references, trained, adapter_bytes, counts), missing
+    return Result(row, measures, record, generation, log, references, trained, adapter_bytes, counts, tuple(members)), missing
 
 
 def _has_diverged(row: Row) -> bool:

@@ -6,6 +6,7 @@ If runs differ in a setting, the text lists every value.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from cora_cli import hashing
 from cora_cli.reporting.collect import Result
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import clean
@@ -24,14 +25,26 @@ def methods_paragraphs(summary: Summary) -> list[str]:
 
 def _sentences(group: Group) -> list[str]:
     results = group.results
-    trained = [result for result in results if result.record and "laplace" not in result.record]
+    own = [result.record for result in results if result.record and "laplace" not in result.record]
+    # The first member of an ensemble is mostly the run of another row.
+    trained = list({hashing.sha256_json(record): record for record in (*own, *_members(results))}.values())
     sentences = [f"{group.name}:"]
     if trained:
-        sentences += [*_training(trained), *_basis(trained), *_machine(trained)]
+        sentences += [*_training(trained), *_untrained(results), *_basis(trained), *_machine(trained)]
     evaluated = [result for result in results if result.generation.get("settings")]
     if evaluated:
-        sentences.append(_evaluation(evaluated))
+        sentences += [_evaluation(evaluated), *_averages(group)]
     return sentences
+
+
+def _members(results: Sequence[Result]) -> list[dict[str, Any]]:
+    return [record for result in results for record in result.members]
+
+
+def _untrained(results: Sequence[Result]) -> list[str]:
+    names = [result.row.name for result in results if result.record.get("is_base_model")]
+    said = "one factor is frozen at zero, so nothing can train. No step was taken, and the result is the base model."
+    return [f"{_listed(names)}: {said}"] if names else []
 
 
 def _signatures(group: Group) -> str:
@@ -39,23 +52,24 @@ def _signatures(group: Group) -> str:
     return f"Metrics of {group.name}: {'; '.join(measure.signature for measure in measures.values())}." if measures else ""
 
 
-def _training(results: Sequence[Result]) -> list[str]:
+def _training(runs: Sequence[dict[str, Any]]) -> list[str]:
     def of(path: str) -> str:
-        return _values(results, lambda record: _dig(record, path))
+        return _values(runs, lambda record: _dig(record, path))
 
     def setting(name: str) -> str:
         return of(f"fingerprint.settings.{name}")
 
-    revision = of("model.revision") if any(result.record["model"]["revision"] for result in results) else ""
-    model = f"{of('model.reference')}{f' at revision {revision}' if revision else ''} (weights sha256 {_short(of('fingerprint.model_sha256'))})"
-    runs = f"{len(results)} runs" if len(results) > 1 else "1 run"
-    sentences = [
-        f"{runs} trained {model} on {of('data.dataset')} (sha256 {_short(of('fingerprint.data_sha256'))}, template "
+    revision = of("model.revision") if any(run["model"]["revision"] for run in runs) else ""
+    count = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
+    in_four_bits = ", in 4 bits (NF4)" if any(_dig(run, "fingerprint.settings.load_in_4bit") for run in runs) else ""
+    model = f"{of('model.reference')}{f' at revision {revision}' if revision else ''} (weights sha256 {_short(of('fingerprint.model_sha256'))}{in_four_bits})"
+    return [
+        f"{count} trained {model} on {of('data.dataset')} (sha256 {_short(of('fingerprint.data_sha256'))}, template "
         f"{of('data.template')}): {of('data.train.records')} training records with {of('data.train.tokens')} tokens "
         f"({of('data.train.response_tokens')} of them in responses) and {of('data.test.records')} held-out records"
         + (
             f"; {of('data.validation.records')} more were set aside for validation."
-            if any(_dig(result.record, "data.validation.records") for result in results)
+            if any(_dig(run, "data.validation.records") for run in runs)
             else "."
         ),
         f"Records dropped because they were too long: {of('data.train.dropped')}; records that were truncated: {of('data.train.truncated')}; "
@@ -64,19 +78,13 @@ def _training(results: Sequence[Result]) -> list[str]:
         f"target modules {setting('target_modules')}.",
         f"{of('speed.steps')} optimizer steps of {setting('batch_size')} × {setting('gradient_accumulation')} examples per process, peak "
         f"learning rate {setting('learning_rate')} ({setting('lr_schedule')}, warm-up {setting('warmup_ratio')}), AdamW, weight decay "
-        f"{setting('weight_decay')}, gradient norm clipped at {setting('max_grad_norm')}, maximum length {setting('max_length')} tokens; seeds "
+        f"{setting('weight_decay')}, gradient norm clipped at {setting('max_grad_norm')}, dropout {setting('dropout')}, maximum length {setting('max_length')} tokens; seeds "
         f"{of('seeds.seed')}, split seed {of('seeds.split_seed')}.",
     ]
-    untrained = [result.row.name for result in results if result.record.get("is_base_model")]
-    if untrained:
-        sentences.append(
-            f"{_listed(untrained)}: one factor is frozen at zero, so nothing can train. No step was taken, and the result is the base model."
-        )
-    return sentences
 
 
-def _basis(results: Sequence[Result]) -> list[str]:
-    found = {result.record["basis"]["sha256"]: result.record["basis"] for result in results if result.record.get("basis")}
+def _basis(runs: Sequence[dict[str, Any]]) -> list[str]:
+    found = {run["basis"]["sha256"]: run["basis"] for run in runs if run.get("basis")}
     if not found:
         return []
     choices = _listed(_choice(basis["choices"]) for basis in found.values())
@@ -87,19 +95,19 @@ def _basis(results: Sequence[Result]) -> list[str]:
     return [f"{len(found)} basis file{'s' if len(found) > 1 else ''} (sha256 {hashes}): {choices}; from {sources}."]
 
 
-def _machine(results: Sequence[Result]) -> list[str]:
+def _machine(runs: Sequence[dict[str, Any]]) -> list[str]:
     def of(path: str) -> str:
-        return _values(results, lambda record: _dig(record, path))
+        return _values(runs, lambda record: _dig(record, path))
 
     # A run that was resumed with other versions has those that it began with, too.
-    used = [result.record.get(key, {}) for result in results for key in ("versions_before", "versions")]
+    used = [run.get(key, {}) for run in runs for key in ("versions_before", "versions")]
     listed = ", ".join(
         f"{name} {_listed(_shown(one[name]) for one in used if one.get(name) is not None)}"
         for name in sorted({name for one in used for name in one})
     )
     return [
         f"Hardware: {of('hardware.device')} ({of('hardware.device_reason')}), {of('hardware.dtype')} ({of('hardware.dtype_reason')}), "
-        f"threads: {of('hardware.threads')}, processes: {of('hardware.processes')}. Versions: {listed}. Runs from {_period(results)}."
+        f"threads: {of('hardware.threads')}, processes: {of('hardware.processes')}. Versions: {listed}. Runs from {_period(runs)}."
     ]
 
 
@@ -115,8 +123,20 @@ def _evaluation(results: Sequence[Result]) -> str:
     )
 
 
-def _values(results: Sequence[Result], pick: Callable[[dict[str, Any]], Any]) -> str:
-    found = (pick(result.record) for result in results)
+def _averages(group: Group) -> list[str]:
+    """A sentence on the methods whose probabilities are averages, and over what."""
+    found: dict[str, None] = {}
+    for line in group.lines:
+        for settings in (result.generation.get("settings", {}) for result in line.method.results):
+            models, draws = len(settings.get("members", ())), dict.fromkeys(map(str, settings.get("draws", ())))
+            over = [f"{models} models"] if models else []
+            over += [f"{' / '.join(draws)} draws of the weights{' of each' if models else ''}"] if draws else []
+            found |= {f"{line.title} over {' and '.join(over)}": None} if over else {}
+    return [f"Averaged probabilities: {'; '.join(found)}."] if found else []
+
+
+def _values(runs: Sequence[dict[str, Any]], pick: Callable[[dict[str, Any]], Any]) -> str:
+    found = map(pick, runs)
     return _listed(dict.fromkeys(_shown(value) for value in found if value is not None))
 
 
@@ -154,6 +174,6 @@ def _short(digests: str) -> str:
     return " / ".join(part if " " in part else part[:12] for part in digests.split(" / "))
 
 
-def _period(results: Sequence[Result]) -> str:
-    times = sorted(str(result.record[key]) for result in results for key in ("started", "finished") if result.record.get(key))
+def _period(runs: Sequence[dict[str, Any]]) -> str:
+    times = sorted(str(run[key]) for run in runs for key in ("started", "finished") if run.get(key))
     return clean(f"{times[0]} to {times[-1]}") if times else "an unknown time"

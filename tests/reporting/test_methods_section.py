@@ -1,0 +1,47 @@
+"""The methods paragraph counts what was trained and says what was averaged."""
+
+import dataclasses
+from typing import Any
+
+from cora_cli.reporting.collect import Collection
+from cora_cli.reporting.measures import LOSS
+from cora_cli.reporting.methods_section import methods_paragraphs
+from cora_cli.reporting.report_rows import Experiment
+from cora_cli.reporting.summary import summarise
+from tests.reporting.helpers import result
+
+LOSSES = [[1.0, 2.0], [2.0, 2.0], [1.5, 2.0]]
+
+
+def run(seed: int, **settings: Any) -> dict[str, Any]:
+    """As much of a `run.json` as the paragraph needs, and as tells two runs apart."""
+    return {"model": {"revision": None}, "seeds": {"seed": seed}, "fingerprint": {"settings": settings}}
+
+
+def paragraph(*results: Any) -> str:
+    experiment = Experiment("tiny", "Tiny", None, None, (), tuple(one.row for one in results))
+    return methods_paragraphs(summarise(Collection(experiment, list(results), [])))[0]
+
+
+def test_members_of_an_ensemble_that_are_no_rows_themselves_are_counted():
+    single = result("lora", record=run(0), **{LOSS: LOSSES})
+    average = dataclasses.replace(
+        result("ensemble lora", nll=[1.0, 2.0, 1.5]),
+        members=(run(0), run(1000)),
+        generation={"settings": {"members": [["b", "a0"], ["b", "a1"]]}},
+    )
+    text = paragraph(single, average)
+    assert "2 runs trained" in text
+    assert "seeds 0 / 1000," in text
+    assert "Averaged probabilities: ensemble lora r=4 n=1 over 2 models." in text
+
+
+def test_draws_dropout_and_a_base_in_four_bits_are_named():
+    drawn = dataclasses.replace(
+        result("scalabl", record=run(0, dropout=0.1, load_in_4bit=True), **{LOSS: LOSSES}),
+        generation={"settings": {"draws": [10]}},
+    )
+    text = paragraph(drawn)
+    assert "in 4 bits (NF4)" in text
+    assert "dropout 0.1," in text
+    assert "Averaged probabilities: scalabl r=4 n=1 over 10 draws of the weights." in text
