@@ -24,7 +24,7 @@ from cora_cli.inspection.measure import BASE, Directions, Findings, Kept, measur
 from cora_cli.inspection.own_data import read_own_data
 from cora_cli.inspection.prediction import Prediction, is_unscaled, predict, used_bases
 from cora_cli.inspection.sharing_verdict import Verdict, group_names, judge, pooled_already, unjudged_models
-from cora_cli.inspection.starts import known_starts
+from cora_cli.inspection.starts import known_starts, unrecorded_note
 from cora_cli.models.references import ModelPath, recorded_base, resolve_model
 from cora_cli.progress import say
 from cora_cli.weights.planned import open_planned
@@ -128,6 +128,8 @@ def inspect(
     )
     predictions = tuple(predict(used, models, findings)) if runs else None
     grouping, verdict = group_and_judge(findings, models, base_source, predictions, lost, rank, targets, device, compared)
+    if note := unrecorded_note(of_models, verdict.recovered, compared):
+        verdict = dataclasses.replace(verdict, sentences=(note, *verdict.sentences))
     function = None
     if kept is not None and base_path is not None and base_source is not None:
         modules = [found.module for found in findings]

@@ -68,6 +68,19 @@ def known_starts(
     return starts, tuple(lost)
 
 
+def unrecorded_note(models: Mapping[str, ModelPath], judged: Collection[str], side: Side) -> str | None:
+    """A sentence on adapters among the `judged` models of which nothing records the start of A, if they may have had one in common."""
+    from cora_cli.adapters.facts import read_facts
+
+    names = [name for name in judged if models[name].is_adapter and read_facts(models[name].path) is None]
+    if side == "output" or len(names) < 2:
+        return None
+    return (
+        f"Nothing records where the A of {', '.join(names)} started: a LoRA draws it from the seed, so those that one program trained with one seed "
+        "share its directions without having learned them, and may count as shared for that alone."
+    )
+
+
 def _stored(plan: AdapterPlan, source: WeightSource, base: WeightSource, side: Side) -> Directions:
     def directions(module: str, features: int) -> torch.Tensor | None:
         if not source.own_rank(module, base):

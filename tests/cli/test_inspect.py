@@ -280,6 +280,8 @@ def test_a_start_that_adapters_share_is_no_common_subspace_where_they_record_it(
     assert not any(START in shares for shares in captures["output"]), "B began at zero"
     expected = "No conclusion about a shared subspace: " if recorded else "Shared: "
     assert found["input"]["verdict"]["headline"].startswith(expected)
+    assert ("Nothing records where the A of a0, a1, a2, a3, a4 started" in str(found["input"]["verdict"])) != recorded
+    assert "Nothing records" not in str(found["output"]["verdict"])
 
 
 def trained_adapters(
