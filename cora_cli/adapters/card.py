@@ -207,12 +207,13 @@ def _losses(record: Mapping[str, Any]) -> str:
 
 
 def _evaluation(evaluations: Mapping[str, Mapping[str, Any]], remarks: Sequence[str]) -> str:
-    rows, signatures = [], []
+    rows = []
+    signatures: dict[str, dict[str, list[str]]] = {}
     for folder, record in evaluations.items():
         for name, metric in record["metrics"].items():
             value = with_interval(metric["value"], metric["ci95"], 2 if name == "sacrebleu" else 4)
             rows.append([f"{_code(folder)} {name}", value, f"{metric['n']:,}"])
-            signatures.append(f"- {name}: {_code(metric['signature'])}")
+            signatures.setdefault(name, {}).setdefault(metric["signature"], []).append(_code(folder))
     generations = {folder: record["generation"] for folder, record in evaluations.items()}
     where = [
         f"The scores of {_code(folder)} are of the records of {_published(made)}."
@@ -221,7 +222,13 @@ def _evaluation(evaluations: Mapping[str, Mapping[str, Any]], remarks: Sequence[
     ]
     table = "\n\n".join([markdown_table(["metric", "value", "records"], rows), *where, *map(_plain, remarks)])
     notes = "95 % bootstrap intervals over records. Their signatures:"
-    return f"{table}\n\n{notes}\n\n" + "\n".join(dict.fromkeys(signatures))
+    listed = []
+    for name, found in signatures.items():
+        for signature, folders in found.items():
+            # Values of different signatures do not compare, so each says whose it is.
+            whose = f" of {', '.join(folders)}" if len(found) > 1 else ""
+            listed.append(f"- {name}{whose}: {_code(signature)}")
+    return f"{table}\n\n{notes}\n\n" + "\n".join(listed)
 
 
 def _loading(found: ModelPath, record: Mapping[str, Any], name: str) -> str:

@@ -108,6 +108,17 @@ def test_scores_on_other_records_than_the_held_out_ones_name_their_data_set(
     assert ("The scores of" in text) == bool(named)
 
 
+def test_a_metric_of_two_signatures_says_which_evaluation_has_which(run: Path) -> None:
+    def scored(bleu: str) -> dict[str, Any]:
+        shown = {"rouge1": "rouge", "sacrebleu": bleu}
+        metrics = {name: {"value": 0.5, "ci95": None, "n": 3, "signature": said} for name, said in shown.items()}
+        return {"metrics": metrics, "generation": {}}
+
+    evaluations = {"eval": scored("tok:13a"), "eval-base": scored("tok:13a"), "eval-char": scored("tok:char")}
+    text = card(run / "adapter", from_hub(read_json(run / "run.json")), evaluations=evaluations)
+    assert "- rouge1: `rouge`\n- sacrebleu of `eval`, `eval-base`: `tok:13a`\n- sacrebleu of `eval-char`: `tok:char`" in text
+
+
 def test_the_code_of_the_card_loads_the_adapter_in_peft_and_in_transformers(run: Path, tiny_model: Path) -> None:
     text = card(run / "adapter", from_hub(read_json(run / "run.json")), str(run / "adapter"))
     found = []
