@@ -300,7 +300,11 @@ def test_a_target_that_is_called_in_evaluation_only_is_refused_by_name() -> None
     own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99, "laurel_rank": 4, "num_kv_shared_layers": 0}
     config = Gemma3nTextConfig(**sizes, **own, layer_types=["full_attention"], activation_sparsity_pattern=[0.0], head_dim=8)
     model = AutoModelForCausalLM.from_config(config).eval()
+    frozen: list[bool] = []
+    hook = model.register_forward_pre_hook(lambda *_: frozen.append(not any(each.requires_grad for each in model.parameters())))
     check_applied(model, ("q_proj",), [1, 5, 7])
+    assert frozen == [True]  # as with the adapter that it will get
+    hook.remove()
     with pytest.raises(CoraError, match=r"'correction_coefs' would train nothing: .* without calling them"):
         check_applied(model, ("q_proj", "correction_coefs"), [1, 5, 7])
 
