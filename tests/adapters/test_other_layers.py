@@ -295,6 +295,10 @@ def test_a_target_that_no_gradient_reaches_is_refused_by_name() -> None:
         check_applied(AutoModelForCausalLM.from_config(reformer), ("query",), [1, 5, 7])
 
 
+def test_a_router_which_returns_more_than_its_product_counts_as_reached() -> None:
+    check_applied(AutoModelForCausalLM.from_config(build("llama4_text")).eval(), ("q_proj", "router"), [1, 5, 7])
+
+
 def test_a_target_that_is_called_in_evaluation_only_is_refused_by_name() -> None:
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": [48], "num_attention_heads": 4}
     own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99, "laurel_rank": 4, "num_kv_shared_layers": 0}
