@@ -17,9 +17,12 @@ from .families import HARDWARE, build
 EXAMPLES = [Example(list(range(3, 3 + tokens)), 2) for tokens in (5, 40, 60)]
 
 
-def choose(family: str, examples: list[Example]) -> Batching:
+def choose(family: str, examples: list[Example], **settings: int) -> Batching:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(build(family)).eval()
+    config = build(family)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config).eval()
     return choose_batching(model, select_packed_attention("cpu"), examples, HARDWARE, trains=True)
 
 
@@ -66,6 +69,8 @@ def test_other_losses_in_training_than_in_evaluation_are_said(capfd: pytest.Capt
     choose("phimoe", EXAMPLES)  # whose routers a run sets, so that they draw no experts at random
     assert "PhimoeForCausalLM computes other losses in training than in evaluation (by " in capfd.readouterr().err
     choose("mixtral", EXAMPLES)
+    # The longest probe lies beyond the window, and is not compared.
+    choose("phi3", [*EXAMPLES, Example([3 + token % 90 for token in range(150)], 2)], sliding_window=100)
     assert "in training" not in capfd.readouterr().err
 
 
