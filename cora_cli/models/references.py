@@ -461,7 +461,7 @@ def _fetch(reference: str, hub_id: str, revision: str | None, weights: bool) -> 
             if all(any(path.glob(pattern)) for pattern in patterns):
                 break
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0].removeprefix("Got: ") if str(error).strip() else type(error).__name__
         proxy = behind_hub_error(error) or ("" if isinstance(error, HfHubHTTPError) else proxy_to_hub())
         raise CoraError(
             f"model {reference!r} is not a local directory and could not be downloaded from the hub: {reason}{proxy}"

@@ -423,6 +423,7 @@ def test_control_tokens_in_tools_calls_and_thoughts_are_counted(chat):
     asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     assert not template.spells_control_tokens({"messages": [asked, answer], "tools": [{"name": "f"}]})
     assert template.spells_control_tokens({"messages": [asked, answer], "tools": [{"name": end}]})
+    assert template.spells_control_tokens({"messages": [asked, answer], "tools": [{"properties": {f"x{end}": {}}}]})
     assert template.spells_control_tokens({"messages": [asked, {**answer, "reasoning_content": f"so {end}"}]})
     quoting = copy.deepcopy(chat)
     quoting.add_special_tokens({"additional_special_tokens": ['<|"|>']})  # Gemma 4's, for texts in calls
