@@ -38,11 +38,17 @@ def reason(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the memory of this machine or its GPU does not suffice; torch raises a bare `RuntimeError` on a CPU.
 
-    A library that does not fit below `ulimit -v` cannot be imported.
+    A library that does not fit below `ulimit -v` cannot be imported, and oneDNN does not say why it cannot compile a product of matrices.
     """
     unmapped = isinstance(error, ImportError) and "failed to map segment" in str(error)
+    uncompiled = isinstance(error, RuntimeError) and str(error) == "could not create a primitive"
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or unmapped or any(words in str(error) for words in ("can't allocate memory", "Cannot allocate memory"))
+    return (
+        named
+        or unmapped
+        or uncompiled
+        or any(words in str(error) for words in ("can't allocate memory", "Cannot allocate memory"))
+    )
 
 
 def is_lost_process(error: BaseException) -> bool:

@@ -26,6 +26,8 @@ def test_a_library_for_which_there_is_no_room_means_too_little_memory():
     assert is_out_of_memory(
         RuntimeError("unable to mmap 120001485 bytes from file </m/model.bin>: Cannot allocate memory (12)")
     )
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))
+    assert not is_out_of_memory(RuntimeError("could not create a primitive descriptor for the matmul primitive"))
     assert not is_out_of_memory(ImportError("libtorch_cpu.so: cannot open shared object file"))
 
 
