@@ -42,14 +42,17 @@ def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes.
 
     A file in the hub's cache is a link to a blob whose name is its digest. That name is returned without reading the file, so
-    hashing does not have to read 26 GB of weights.
+    hashing does not have to read 26 GB of weights. Raises `CoraError` if the file cannot be read.
     """
     if path.is_symlink() and _SHA256_NAME.match((blob := path.resolve()).name) and _is_hub_blob(blob):
         return blob.name
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            digest.update(chunk)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(HASH_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise CoraError(f"{path} cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
 
 

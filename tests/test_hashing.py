@@ -56,3 +56,8 @@ def test_a_file_that_changes_in_the_block_that_reads_it_is_named(tmp_path: Path)
         hashing.unchanged(tmp_path / "file"),
     ):
         (tmp_path / "file").unlink()
+
+
+def test_a_file_that_cannot_be_read_is_named_as_other_readers_name_it(tmp_path: Path) -> None:
+    with pytest.raises(CoraError, match=rf"^{tmp_path} cannot be read: Is a directory$"):
+        hashing.sha256_file(tmp_path)

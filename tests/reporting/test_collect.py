@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -129,6 +130,22 @@ def test_only_the_metrics_that_are_wanted_are_read(made_grid):
 def test_a_base_model_that_a_grid_lists_once_a_seed_counts_once(tmp_path):
     rows = [Made("base", "base", seed, rank=None, rate=None) for seed in range(3)]
     assert len(collect(read_plan(make_grid(tmp_path, rows))).results) == 1
+
+
+def test_a_run_with_a_file_that_this_user_may_not_read_is_missing_and_the_rest_is_reported(grid, monkeypatch):
+    closed = min((grid / "runs").iterdir()) / "adapter"
+    readable = Path.open
+
+    def refuse(path, *how, **more):
+        if path.parent == closed and path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return readable(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    found = collect(read_plan(grid))
+    assert [entry.part for entry in found.missing] == ["run"]
+    assert found.missing[0].reason.endswith(".safetensors cannot be read: Permission denied")
+    assert len(found.results) == 6
 
 
 def test_what_is_not_finished_is_missing_with_its_reason_and_the_rest_is_reported(grid):
