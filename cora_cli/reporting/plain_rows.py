@@ -158,7 +158,7 @@ def row_of_run(run: RunDirectory) -> Row:
         mode=mode,
         label=" ".join(filter(None, (mode, unusual, start))),
         rank=plan["rank"] if plan else None,
-        n_models=len(basis["sources"]) if basis else None,
+        n_models=_models_behind(basis, record["model"]) if basis else None,
         sources=tuple(clean(str(source["reference"])) for source in basis["sources"]) if basis else (),
         learning_rate=settings["learning_rate"],
         seed=record["seeds"]["seed"],
@@ -168,6 +168,12 @@ def row_of_run(run: RunDirectory) -> Row:
         evaluation=None if only_at_ranks else evaluation,
         basis=Path(basis["path"]) if basis and Path(basis["path"]).is_file() else None,
     )
+
+
+def _models_behind(basis: Mapping[str, Any], model: Mapping[str, Any]) -> int:
+    """How many models a basis is made of, 0 where that is the base `model` alone, which no fine-tuning informs."""
+    named = [(each["reference"].partition("@")[0], each.get("revision")) for each in (model, *basis["sources"])]
+    return len(basis["sources"]) if len({*named}) > 1 else 0
 
 
 def row_of_evaluation(evaluation: EvaluationDirectory) -> Row:

@@ -220,6 +220,20 @@ def test_plain_runs_on_two_bases_of_as_many_models_are_two_methods(trained_grid,
     assert {row.label for row in alone.rows} == {"fb"}
 
 
+@pytest.mark.parametrize(("source", "n_models"), [(None, 0), ("org/fine-tuned", 1)])
+def test_a_basis_of_the_base_model_alone_is_of_no_models_and_not_informed(source, n_models, trained_grid, tmp_path):
+    runs = [shutil.copytree(path, tmp_path / path.name) for path in sorted((trained_grid / "runs").iterdir())]
+    for run in runs:
+        record = unsealed(run / "run.json")
+        if record["basis"]:
+            record["basis"]["sources"][0]["reference"] = source or record["model"]["reference"]
+        writing.write_json(run / "run.json", record)
+    (experiment,) = find_experiments(list(map(str, runs)))
+    assert {row.n_models for row in experiment.rows if row.label == "fb"} == {n_models}
+    headline = summarise(collect(experiment)).groups[0].verdict.headline
+    assert ("no method here takes its B from fine-tuned models" in headline) is (source is None)
+
+
 def test_plain_runs_on_bases_that_were_written_to_one_path_are_two_methods(trained_grid, tmp_path):
     runs = [path for path in sorted((trained_grid / "runs").iterdir()) if "fb_" in path.name]
     later = shutil.copytree(runs[1], tmp_path / "later")
