@@ -20,6 +20,7 @@ class LoraRite(Method):
     name = "lora-rite"
     paper = "2410.20625"
     summary = "as lora, with an optimizer of its own"
+    optimizer_name = "LoRA-RITE"
     DEFAULT_CLIP = 1.0
     settings = (
         MethodSetting(

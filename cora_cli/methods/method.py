@@ -88,6 +88,8 @@ class Method:
     """Starts and frozen parts in one line."""
     prefix: ClassVar[str] = ""
     """Prefix of the name in the names of a grid's rows."""
+    optimizer_name: ClassVar[str] = "AdamW"
+    """The optimizer that `optimizer` returns, as papers call it."""
     is_adapter: ClassVar[bool] = True
     """Whether the base model stays frozen; False for full fine-tuning."""
     takes_transposed: ClassVar[bool] = True

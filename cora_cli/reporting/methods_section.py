@@ -3,10 +3,11 @@
 If runs differ in a setting, the text lists every value.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cora_cli import hashing
+from cora_cli.methods.registry import METHODS
 from cora_cli.reporting.collect import Result
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import clean
@@ -63,6 +64,12 @@ def _training(runs: Sequence[dict[str, Any]]) -> list[str]:
     count = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
     in_four_bits = ", in 4 bits (NF4)" if any(_dig(run, "fingerprint.settings.load_in_4bit") for run in runs) else ""
     model = f"{of('model.reference')}{f' at revision {revision}' if revision else ''} (weights sha256 {_short(of('fingerprint.model_sha256'))}{in_four_bits})"
+    adapters = (
+        f"; rank {of('plan.rank')}, alpha {of('plan.alpha')}, B starts as {of('plan.b_init')}, A as {of('plan.a_init')}, target modules "
+        f"{of('plan.target_modules')}"
+        if any(run.get("plan") for run in runs)
+        else ""
+    )
     return [
         f"{count} trained {model} on {of('data.dataset')} (sha256 {_short(of('fingerprint.data_sha256'))}, template "
         f"{of('data.template')}): {of('data.train.records')} training records with {of('data.train.tokens')} tokens "
@@ -74,10 +81,9 @@ def _training(runs: Sequence[dict[str, Any]]) -> list[str]:
         ),
         f"Records dropped because they were too long: {of('data.train.dropped')}; records that were truncated: {of('data.train.truncated')}; "
         f"records dropped because their prompt is also held out: {of('data.overlapping_dropped')}.",
-        f"Modes {of('mode')}; rank {of('plan.rank')}, alpha {of('plan.alpha')}, B starts as {of('plan.b_init')}, A as {of('plan.a_init')}, "
-        f"target modules {setting('target_modules')}.",
+        f"Modes {of('mode')}{adapters}.",
         f"{of('speed.steps')} optimizer steps of {setting('batch_size')} × {setting('gradient_accumulation')} examples per process, peak "
-        f"learning rate {setting('learning_rate')} ({setting('lr_schedule')}, warm-up {setting('warmup_ratio')}), AdamW, weight decay "
+        f"learning rate {setting('learning_rate')} ({setting('lr_schedule')}, warm-up {setting('warmup_ratio')}), {_values(runs, _optimizer)}, weight decay "
         f"{setting('weight_decay')}, gradient norm clipped at {setting('max_grad_norm')}, dropout {setting('dropout')}, maximum length {setting('max_length')} tokens; seeds "
         f"{of('seeds.seed')}, split seed {of('seeds.split_seed')}.",
     ]
@@ -138,6 +144,10 @@ def _averages(group: Group) -> list[str]:
 def _values(runs: Sequence[dict[str, Any]], pick: Callable[[dict[str, Any]], Any]) -> str:
     found = map(pick, runs)
     return _listed(dict.fromkeys(_shown(value) for value in found if value is not None))
+
+
+def _optimizer(run: Mapping[str, Any]) -> str | None:
+    return METHODS[run["mode"]].optimizer_name if run.get("mode") in METHODS else None
 
 
 def _dig(record: Any, path: str) -> Any:

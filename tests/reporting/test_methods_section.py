@@ -36,6 +36,21 @@ def test_members_of_an_ensemble_that_are_no_rows_themselves_are_counted():
     assert "Averaged probabilities: ensemble lora r=4 n=1 over 2 models." in text
 
 
+def test_the_optimizer_of_a_method_that_has_its_own_is_named():
+    rows = [
+        result(mode, record={**run(seed), "mode": mode}, **{LOSS: LOSSES}) for seed, mode in enumerate(("lora", "lora-rite"))
+    ]
+    assert "AdamW / LoRA-RITE, weight decay" in paragraph(*rows)
+    assert "AdamW, weight decay" in paragraph(rows[0])
+
+
+def test_full_fine_tuning_alone_has_neither_a_rank_nor_target_modules():
+    trained = {**run(0, target_modules=["q_proj"]), "mode": "full", "plan": None}
+    text = paragraph(result("full", record=trained, **{LOSS: LOSSES}))
+    assert "Modes full. " in text
+    assert "target modules" not in text
+
+
 def test_draws_dropout_and_a_base_in_four_bits_are_named():
     drawn = dataclasses.replace(
         result("scalabl", record=run(0, dropout=0.1, load_in_4bit=True), **{LOSS: LOSSES}),
