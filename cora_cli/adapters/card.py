@@ -17,7 +17,7 @@ from cora_cli.adapters.facts import SIDE_FILE, read_facts
 from cora_cli.adapters.posterior import has_posterior
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import AS_THE_FILE_SAYS
-from cora_cli.methods.registry import method_of
+from cora_cli.methods.registry import label_of, method_of
 from cora_cli.models.references import ModelPath
 from cora_cli.models.trained_on import run_of
 from cora_cli.records import read_run
@@ -108,7 +108,7 @@ def _title(found: ModelPath, record: Mapping[str, Any]) -> str:
 
 
 def _mode(record: Mapping[str, Any]) -> str:
-    return f"{record['mode']}{' (Laplace)' if 'laplace' in record else ''}"
+    return f"{label_of(record['mode'], record['plan'])}{' (Laplace)' if 'laplace' in record else ''}"
 
 
 def _metadata(found: ModelPath, record: Mapping[str, Any]) -> str:
@@ -141,6 +141,10 @@ def _facts(found: ModelPath, record: Mapping[str, Any]) -> str:
             rows.append(("settings", f"{_code(json.dumps(stated, ensure_ascii=False))}, on {names}"))
         else:
             rows.append(("rank and alpha", f"{plan['rank']} and {plan['alpha']:g}, on {names}"))
+        # The summary has the starts of the method itself.
+        starts = (("B", plan["b_init"], method.b_init), ("A", plan["a_init"], method.a_init))
+        if unusual := " and ".join(f"{what} as {used} instead of {own}" for what, used, own in starts if used != own):
+            rows.append(("start", f"{unusual} in this run"))
         rows += [("start", f"the mean change of other models ({plan['start']})")] if plan.get("start") else []
     if basis := record["basis"]:
         sources = ", ".join(_code(Path(source["reference"]).name) for source in basis["sources"])

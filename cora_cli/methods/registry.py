@@ -6,6 +6,7 @@ in the table of the documentation.
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from cora_cli import methods
@@ -61,6 +62,16 @@ def method_of(mode: str, where: object = None) -> Method:
     if mode not in METHODS:
         raise CoraError(f"{f'{where}: ' if where else ''}mode must be one of {', '.join(METHODS)}, not {mode!r}")
     return METHODS[mode]
+
+
+def label_of(mode: str, plan: Mapping[str, Any] | None, where: object = None) -> str:
+    """The mode with the starts of an adapter's `plan` that are not its own, such as `fb orthonormal`. Raises `CoraError` as `method_of` does."""
+    if plan is None:
+        return mode
+    unusual = plan["b_init"] if plan["b_init"] != method_of(plan["mode"], where).b_init else ""
+    # Of the mode mean-delta itself, the start is the mode.
+    start = plan.get("start") if plan.get("start") != plan["mode"] else None
+    return " ".join(filter(None, (mode, unusual, start)))
 
 
 def plan_adapter(mode: str, request: AdapterRequest) -> AdapterPlan | None:

@@ -12,6 +12,7 @@ from cora_cli import records
 from cora_cli.basis.choices import natural_order
 from cora_cli.errors import CoraError
 from cora_cli.lock import is_held
+from cora_cli.methods.registry import label_of
 from cora_cli.progress import say
 from cora_cli.reading import parse_json
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
@@ -106,6 +107,8 @@ def _run(run: RunDirectory) -> Entry:
         record: Any = records.read_run(run)
         if record["status"] == "running" and not (held := is_held(run.root)):
             record = records.read_run(run)  # it may have ended meanwhile
+        mode = f"laplace {record['mode']}" if "laplace" in record else record["mode"]
+        method = label_of(mode, record["plan"], run.record)
     except CoraError:
         return Entry(run.root, "run", "damaged", "", "", _time(run.record))
     status = record["status"]
@@ -114,7 +117,6 @@ def _run(run: RunDirectory) -> Entry:
     heldout = record.get("heldout")
     # A Laplace approximation keeps the loss of the run that it was made of, and has none of its own.
     loss = f"loss {heldout['after']['loss']:.3f}" if heldout and "laplace" not in record else ""
-    method = f"laplace {record['mode']}" if "laplace" in record else record["mode"]
     return Entry(run.root, "run", status, method, loss, _time(run.record))
 
 

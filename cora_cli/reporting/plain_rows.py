@@ -11,7 +11,7 @@ from typing import Any
 
 from cora_cli import hashing, records
 from cora_cli.errors import CoraError
-from cora_cli.methods.registry import method_of
+from cora_cli.methods.registry import label_of
 from cora_cli.progress import say
 from cora_cli.reporting.plain_inputs import Plain, named_by_contents, read_plain
 from cora_cli.reporting.report_rows import Row, clean
@@ -142,9 +142,6 @@ def row_of_run(run: RunDirectory) -> Row:
     """The row of a run, with its evaluation."""
     record = records.read_run(run)
     settings, plan = record["fingerprint"]["settings"], record["plan"]
-    unusual = plan["b_init"] if plan and plan["b_init"] != method_of(plan["mode"], run.record).b_init else ""
-    # Of the mode mean-delta itself, the start is the mode.
-    start = plan.get("start") if plan and plan.get("start") != plan["mode"] else None
     basis = record["basis"]
     # A Laplace approximation of a LoRA is no LoRA that others can be compared with.
     mode = f"laplace {record['mode']}" if "laplace" in record else record["mode"]
@@ -156,7 +153,7 @@ def row_of_run(run: RunDirectory) -> Row:
         printed=None,
         group=clean(f"{record['model']['reference']} on {record['data']['dataset']}"),
         mode=mode,
-        label=" ".join(filter(None, (mode, unusual, start))),
+        label=label_of(mode, plan, run.record),
         rank=plan["rank"] if plan else None,
         n_models=_models_behind(basis, record["model"]) if basis else None,
         sources=tuple(clean(str(source["reference"])) for source in basis["sources"]) if basis else (),

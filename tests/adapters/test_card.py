@@ -150,6 +150,9 @@ def test_the_card_says_which_programs_cannot_load_the_form(
     text = (RunDirectory(tmp_path / "run").result / "README.md").read_text(encoding="utf-8")
     assert metadata(text)["library_name"] == library
     assert says in text
+    # What the method's summary says of B is not what a run with a random one has.
+    assert ("# fb orthonormal adapter of tiny" in text) is ("b_init" in settings)
+    assert ("- start: B as orthonormal instead of basis in this run\n" in text) is ("b_init" in settings)
 
 
 def test_no_hash_covers_the_card_so_that_people_may_edit_it(

@@ -41,6 +41,13 @@ def test_a_laplace_approximation_is_listed_without_the_loss_of_its_run(folder):
     assert (entry.status, entry.result) == ("finished", "")
 
 
+def test_a_run_with_another_start_than_its_modes_own_is_listed_as_in_a_report(folder):
+    path = next((folder / "grid/runs").glob("*fb*/run.json"))
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "plan": {**record["plan"], "mode": "fb", "b_init": "orthonormal"}}))
+    assert {entry.method for entry in inventory(folder) if entry.kind == "run"} >= {"lora", "fb orthonormal"}
+
+
 def test_every_state_is_shown(folder):
     with (folder / "going/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
