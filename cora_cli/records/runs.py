@@ -159,7 +159,7 @@ class Proposal(TypedDict):
 
 
 class Hardware(TypedDict):
-    """What a run computed on, and the number type; `shard` and `fast_path` where they were chosen."""
+    """What a run computed on, and the number type; `shard`, `fast_path` and `tokens_per_row` where they were chosen."""
 
     device: str
     device_reason: str
@@ -169,6 +169,7 @@ class Hardware(TypedDict):
     processes: NotRequired[int]
     shard: NotRequired[str]
     fast_path: NotRequired[str]
+    tokens_per_row: NotRequired[int]
 
 
 class Seeds(TypedDict):

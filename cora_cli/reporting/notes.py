@@ -2,7 +2,8 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cora_cli.evaluation.metrics import build_metrics, scales
 from cora_cli.evaluation.shortcomings import KINDS
@@ -19,21 +20,22 @@ from cora_cli.reporting.training_conditions import differing_conditions
 
 _OF_ANSWERS = ("template", "template_date", "decoding", "max_new_tokens", "end_tokens", "dtype")
 """The settings of an evaluation by which the answers of one model differ beyond rounding."""
-_OF_SPEED = {"processes": 1, "shard": "none", "fast_path": "none"}
-"""What a run records, apart from its device and threads, that decides about its speed and memory, with its value where it is not recorded."""
+_OF_SPEED = {"processes": 1, "shard": "none", "fast_path": "none", "tokens_per_row": "none"}
+"""What a run records of its machine, apart from device and threads, that decides about its speed and memory, with its value where it is not recorded."""
 
 
 def machine_notes(lines: Sequence[Line]) -> list[str]:
     """A sentence where speed and memory are of different machines, or of other ways to compute the same."""
     found: dict[str, dict[str, None]] = {}
     trained = [result.record for line in lines for result in line.method.results if result.record]
-    # The tokens/s of a run that was resumed elsewhere are over all machines, its memory is that of the last one.
-    for hardware in (each for record in trained for each in (*record.get("hardware_before", ()), record["hardware"])):
-        # On a GPU the reason is its name.
-        device = hardware["device_reason"] if hardware["device"].startswith("cuda") else hardware["device"]
-        others = {name: hardware.get(name, neutral) for name, neutral in _OF_SPEED.items()}
-        for name, value in {"device": device, "threads": hardware["threads"], **others}.items():
-            found.setdefault(name.replace("_", " "), {})[clean(str(value))] = None
+    for record in trained:
+        # The tokens/s of a run that was resumed elsewhere are over all machines, its memory is that of the last one.
+        for hardware in (*record.get("hardware_before", ()), record["hardware"]):
+            # On a GPU the reason is its name.
+            device = hardware["device_reason"] if hardware["device"].startswith("cuda") else hardware["device"]
+            others = {name: hardware.get(name, neutral) for name, neutral in _OF_SPEED.items()}
+            for name, value in {"device": device, "threads": hardware["threads"], **others, **_passes(record)}.items():
+                found.setdefault(name.replace("_", " "), {})[clean(str(value))] = None
     differing = [f"{name} ({', '.join(values)})" for name, values in found.items() if len(values) > 1]
     return (
         [
@@ -42,6 +44,17 @@ def machine_notes(lines: Sequence[Line]) -> list[str]:
         if differing
         else []
     )
+
+
+def _passes(record: Mapping[str, Any]) -> dict[str, str]:
+    """How a training passed its examples through the model: how many at once, in what kind of batch, and whether activations were computed twice."""
+    settings, attention = record["fingerprint"]["settings"], record.get("attention", {})
+    known = {
+        "gradient_checkpointing": "on" if settings.get("gradient_checkpointing") else "off",
+        "batch_size": settings.get("batch_size"),
+        "batches": attention.get("batches"),
+    }
+    return {name: str(value) for name, value in known.items() if value is not None}
 
 
 def obstacle_notes(comparisons: Sequence[Comparison]) -> list[str]:
@@ -172,24 +185,33 @@ def _answer_notes(group: Group) -> list[str]:
     if others:
         lost = ", and the held-out loss of those that the runs held out" if LOSS in group.measures else ""
         notes.append(f"The scores are of the records of {', '.join(others)}{lost}.")
-    differing = []
-    for name in _OF_ANSWERS:
-        found = [{**result.generation.get("settings", {}), **result.generation}.get(name) for result in results]
-        # Of earlier versions: `auto` became one of the others.
-        values = dict.fromkeys(clean(str(value)) for value in found if value not in (None, "auto"))
-        differing += [f"{name} ({', '.join(values)})"] if len(values) > 1 else []
-    draws = dict.fromkeys(count for result in results if (count := _draws(result)) is not None)
-    differing += [f"draws of the weights ({', '.join(draws)})"] if len(draws) > 1 else []
+    differing = [f"{name} ({', '.join(values)})" for name, values in _unlike_answers(results).items()]
     prompts = {known for result in results if (known := result.generation.get("prompts_sha256"))}
     if len(prompts) > 1 and not any(name.startswith("template") for name in differing):
         notes.append(
             "The records have equal references, but not all rows were asked the same prompts, so their scores are of different tasks."
         )
     if differing:
+        mixed = [line.title for line in group.chosen if _unlike_answers(line.method.results)]
+        means = f" The means over seeds mix them: {', '.join(mixed)}." if mixed else ""
         notes.append(
-            f"The answers were generated with different settings, from which differences between rows may come: {'; '.join(differing)}."
+            f"The answers were generated with different settings, from which differences between rows may come: {'; '.join(differing)}.{means}"
         )
     return notes + _shortcoming_notes(group)
+
+
+def _unlike_answers(results: Sequence[Result]) -> dict[str, list[str]]:
+    """By which settings the answers of `results` were generated differently, with their values."""
+    found: dict[str, dict[str, None]] = {}
+    for result in results:
+        known = {**result.generation.get("settings", {}), **result.generation}
+        # Of earlier versions: `auto` became one of the others.
+        own = {name: clean(str(value)) for name in _OF_ANSWERS if (value := known.get(name)) not in (None, "auto")}
+        if (draws := _draws(result)) is not None:
+            own["draws of the weights"] = draws
+        for name, value in own.items():
+            found.setdefault(name, {})[value] = None
+    return {name: list(found[name]) for name in (*_OF_ANSWERS, "draws of the weights") if len(found.get(name, ())) > 1}
 
 
 def _draws(result: Result) -> str | None:

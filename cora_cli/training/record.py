@@ -72,6 +72,7 @@ def first_record(
             "processes": launched_processes(),
             **({"shard": config.shard} if config.shard != "none" else {}),
             **({"fast_path": path} if (path := fast_path(config)) != "none" else {}),
+            **({"tokens_per_row": config.tokens_per_row} if config.tokens_per_row is not None else {}),
         },
         "attention": {"name": batching.attention, "batches": batching.form.kind, "reason": batching.reason},
         "versions": versions(

@@ -51,7 +51,8 @@ def test_seeds_whose_answers_average_other_numbers_of_draws_are_not_pooled_witho
         settings = {**record["generation"]["settings"], **drawn}
         writing.write_json(place, {**record, "generation": {**record["generation"], "settings": settings}})
     text = " ".join(report([str(grid)]).split())
-    assert "different settings, from which differences between rows may come: draws of the weights (10, 0)" in text
+    assert "different settings, from which differences between rows may come: draws of the weights (10, 0)." in text
+    assert "The means over seeds mix them: scalabl r=4." in text
 
 
 def test_answers_whose_scores_say_less_than_they_seem_to_are_counted_by_row_under_the_table(tmp_path):
@@ -73,6 +74,7 @@ def test_answers_whose_scores_say_less_than_they_seem_to_are_counted_by_row_unde
         ({"device": "cuda:0", "device_reason": "NVIDIA H100"}, "device (NVIDIA H100, cpu)"),
         ({"threads": 16}, "threads (16, THREADS)"),
         ({"fast_path": "compile"}, "fast path (compile, none)"),
+        ({"tokens_per_row": 512}, "tokens per row (512, none)"),
         ({"device_reason": "asked for"}, ""),
     ],
 )
@@ -86,6 +88,22 @@ def test_speeds_of_different_machines_are_named_under_the_table_of_costs(tmp_pat
     note = f"Not all rows were trained on one machine or in one way, from which differences in tokens/s and memory may come: {said.replace('THREADS', threads)}."
     assert (note in text) == bool(said)
     assert ("on one machine or in one way" in text) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"gradient_checkpointing": True}, "gradient checkpointing (on, off)"),
+        ({"batch_size": 4, "gradient_accumulation": 2}, "batch size (4, 8)"),
+    ],
+)
+def test_costs_of_unlike_passes_are_named_under_their_table(tmp_path, settings, said):
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb"), Made("lora", "lora")], prompts=6)
+    place = next(path for path in grid.rglob("run.json") if "fb" in str(path))
+    record = read_json(place)
+    record["fingerprint"]["settings"] |= settings
+    writing.write_json(place, record)
+    assert f"from which differences in tokens/s and memory may come: {said}." in " ".join(report([str(grid)]).split())
 
 
 @pytest.mark.parametrize(
