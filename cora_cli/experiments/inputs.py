@@ -186,7 +186,7 @@ def _model_facts(model: ModelPath, digests: "_Digests | None") -> ModelFacts:
         return ModelFacts(model.reference, sha256, {}, 0, 0)
     checkpoint = Checkpoint(model)
     sizes = {name: math.prod(shape) for name, shape in checkpoint.shapes.items()}
-    _, matrices, *_ = loaded_matrices(model, checkpoint)
+    matrices = loaded_matrices(model, checkpoint).shapes
     embedded = sum(size for name, size in sizes.items() if "embed" in name or ".wte" in name)
     # A tied head is stored once, but still costs a matrix product.
     total, heads = sum(sizes.values()), model.attention_heads()

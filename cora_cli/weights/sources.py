@@ -4,6 +4,7 @@ Complete models and LoRA adapters on a base share one interface. `extraction.mer
 """
 
 import abc
+import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -167,9 +168,9 @@ class ModelSource(WeightSource):
             raise CoraError(f"{model.reference} is stored quantised; use a copy with weights in bf16, fp16 or fp32")
         self._checkpoint = Checkpoint(model)
         self._digests: dict[str, str] = {}
-        self._keys, self.shapes, self.transposed, self.faults, self.views, self.others = loaded_matrices(
-            model, self._checkpoint
-        )
+        found = loaded_matrices(model, self._checkpoint)
+        self._keys, self.shapes, self.transposed = found.keys, found.shapes, found.transposed
+        self.faults, self.views, self.others = found.faults, found.views, found.others
         self.skipped = sorted(set(_matrices(self._checkpoint)) - set(self._keys.values()))
 
     def read(self, module: str) -> torch.Tensor:
@@ -337,12 +338,20 @@ def _open_base(adapter: ModelPath) -> WeightSource:
     return open_source(base)
 
 
-def loaded_matrices(
-    model: ModelPath, checkpoint: Checkpoint
-) -> tuple[dict[str, str], dict[str, tuple[int, int]], frozenset[str], dict[str, str], dict[str, View], frozenset[str]]:
-    """The key in the files of each weight matrix of the loaded language model, by module; the shape (out, in) of each, and of the views
-    of fused projections; the modules that store their weight as (in, out); what keeps layers from being read, by module; the views; and the
-    modules of other modalities.
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """The weight matrices of a loaded language model. The fields are those of `WeightSource`; `keys` has the name of each in the files, by module."""
+
+    keys: dict[str, str]
+    shapes: dict[str, tuple[int, int]]
+    transposed: frozenset[str]
+    faults: dict[str, str]
+    views: dict[str, View]
+    others: frozenset[str]
+
+
+def loaded_matrices(model: ModelPath, checkpoint: Checkpoint) -> Matrices:
+    """What the files of a model hold, as its loaded layers have it.
 
     A model that transformers does not know without code of its own keeps the names of its files, and has no views. Raises `CoraError`
     where the configuration of one that it knows describes none, or one of a type that is no causal language model.
@@ -375,7 +384,7 @@ def loaded_matrices(
     oriented = {module: (a, b) if module not in transposed else (b, a) for module, (a, b) in shapes.items()}
     faults |= {name: faults[view.fused] for name, view in views.items() if view.fused in faults}
     views = {name: view for name, view in views.items() if view.fused in keys}
-    return keys, oriented | view_shapes(views, oriented), transposed, faults, views, others
+    return Matrices(keys, oriented | view_shapes(views, oriented), transposed, faults, views, others)
 
 
 def _is_known(config: Mapping[str, Any]) -> bool:
