@@ -140,7 +140,9 @@ class _Check:
 
         # A family may compute a part by itself in training, in the precision of the weights alone.
         dtype, found = self._in_first_precision(in_training)
-        if (worst := _worst(found, self._alone(dtype, short))) > TOLERANCES[dtype]:
+        known = self._reference[: len(short)]  # the shortest come first
+        evaluated = known if dtype == self._dtype else self._alone(dtype, short)
+        if (worst := _worst(found, evaluated)) > TOLERANCES[dtype]:
             say(
                 f"{type(self._inner).__name__} computes other losses in training than in evaluation (by {worst:.1e}), such as by noise of its own, so "
                 "that what it is trained for is not quite what it is evaluated by"

@@ -1,3 +1,4 @@
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,20 @@ def test_other_losses_in_training_than_in_evaluation_are_said(capfd: pytest.Capt
     # The longest probe lies beyond the window, and is not compared.
     choose("phi3", [*EXAMPLES, Example([3 + token % 90 for token in range(150)], 2)], sliding_window=100)
     assert "in training" not in capfd.readouterr().err
+
+
+def test_no_probe_goes_alone_through_the_model_twice_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_config(build("llama")).eval()
+    own, passes = model.forward, []
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        if not model.training and "logits_to_keep" in named and "position_ids" not in named:
+            passes.append(tuple(named["input_ids"][0].tolist()))
+        return own(*arguments, **named)
+
+    monkeypatch.setattr(model, "forward", functools.wraps(own)(forward))
+    choose_batching(model, select_packed_attention("cpu"), EXAMPLES, HARDWARE, trains=True)
+    assert 0 < len(passes) == len(set(passes))
 
 
 def test_a_model_that_computes_nothing_in_training_is_refused() -> None:
