@@ -155,10 +155,16 @@ def package_behind(error: BaseException) -> str | None:
 
 def _without_version() -> Path | None:
     """The folder of an installed package whose METADATA is empty or missing, as an interrupted installation leaves it: its version is None to others."""
-    from importlib.metadata import PathDistribution
-
     folders = (folder for place in sys.path for folder in sorted(Path(place or ".").glob("*.dist-info")))
-    return next((folder for folder in folders if not PathDistribution(folder).version), None)
+    return next((folder for folder in folders if not _states_version(folder / "METADATA")), None)
+
+
+def _states_version(metadata: Path) -> bool:
+    try:
+        text = metadata.read_text(encoding="utf-8", errors="replace")  # of old packages, in whatever encoding
+    except OSError:
+        return False
+    return re.search(r"^Version: *\S", text, re.MULTILINE) is not None
 
 
 def variable_of_path(path: str) -> str | None:

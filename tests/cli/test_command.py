@@ -482,6 +482,8 @@ def test_a_package_that_states_no_version_is_named_in_place_of_the_one_that_asks
 ) -> None:
     (tmp_path / "half_there-1.0.dist-info").mkdir()
     (tmp_path / "half_there-1.0.dist-info" / "METADATA").touch()
+    (tmp_path / "an_old_one-1.0.dist-info").mkdir()
+    (tmp_path / "an_old_one-1.0.dist-info" / "METADATA").write_bytes(b"Name: an-old-one\nVersion: 1.0\nAuthor: Ren\xe9\n")
     asks = "from importlib.metadata import version\nfrom packaging.version import parse\nparse(str(version('half-there')))"
     (tmp_path / "asks_for_it.py").write_text(asks)
     monkeypatch.syspath_prepend(tmp_path)
