@@ -62,7 +62,9 @@ def _training(runs: Sequence[dict[str, Any]]) -> list[str]:
 
     revision = of("model.revision") if any(run["model"]["revision"] for run in runs) else ""
     count = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
-    in_four_bits = ", in 4 bits (NF4)" if any(_dig(run, "fingerprint.settings.load_in_4bit") for run in runs) else ""
+    quantized = sum(bool(_dig(run, "fingerprint.settings.load_in_4bit")) for run in runs)
+    among = f" in {quantized} of the runs" if quantized < len(runs) else ""
+    in_four_bits = f", in 4 bits (NF4){among}" if quantized else ""
     model = f"{of('model.reference')}{f' at revision {revision}' if revision else ''} (weights sha256 {_short(of('fingerprint.model_sha256'))}{in_four_bits})"
     adapters = (
         f"; rank {of('plan.rank')}, alpha {of('plan.alpha')}, B starts as {of('plan.b_init')}, A as {of('plan.a_init')}, target modules "

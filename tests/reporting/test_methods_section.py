@@ -60,3 +60,8 @@ def test_draws_dropout_and_a_base_in_four_bits_are_named():
     assert "in 4 bits (NF4)" in text
     assert "dropout 0.1," in text
     assert "Averaged probabilities: scalabl r=4 n=1 over 10 draws of the weights." in text
+
+
+def test_a_base_in_four_bits_is_said_of_those_runs_alone_that_had_one():
+    runs = [result(mode, record=run(0, load_in_4bit=mode == "dora"), **{LOSS: LOSSES}) for mode in ("lora", "dora")]
+    assert "in 4 bits (NF4) in 1 of the runs)" in paragraph(*runs)
