@@ -149,7 +149,7 @@ class Template:
         if self.name != "chat" or self.schema != "messages":
             return []
         records = list(records)
-        mentioned = self._chat.words[True] & {*TEMPLATE_COLUMNS[:2]}
+        mentioned = self._chat.words[True].intersection(TEMPLATE_COLUMNS[:2])
         unread = {name for name in mentioned if self._is_without_effect(name, records)}
         for record in records:
             values = template_values(record)
@@ -184,7 +184,8 @@ class Template:
         texts = [str(message.get("content") or "") for message in messages]
         texts[-1] = self.without_end(texts[-1], self.ends)
         rest = [{key: value for key, value in message.items() if key not in ("role", "content")} for message in messages]
-        texts += _strings([*rest, template_values(record) if self.schema == "messages" else {}])
+        # Together, since a record may have hundreds, in its tools.
+        texts.append("\n".join(_strings([*rest, template_values(record) if self.schema == "messages" else {}])))
         return any(map(self._holds_control_token, texts))
 
     def spelled_tokens(self, text: str) -> frozenset[int]:
