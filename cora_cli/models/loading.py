@@ -367,8 +367,8 @@ def _say_other_tokens(model: ModelPath, tokenizer: Any) -> None:
         *tokenizer(_OF_ALL_KINDS, add_special_tokens=False)["input_ids"]
     ]:
         say(
-            f"{model.reference}: transformers splits text as its {type(tokenizer).__name__} does, into other tokens than tokenizer.json describes, "
-            "which other programs and versions may follow"
+            f"{model.reference}: transformers splits text as its {type(tokenizer).__name__} does, into other tokens than tokenizer.json describes; "
+            "other programs, and other versions of transformers, may split it as that file says"
         )
 
 
