@@ -76,8 +76,8 @@ def unrecorded_note(models: Mapping[str, ModelPath], judged: Collection[str], si
     if side == "output" or len(names) < 2:
         return None
     return (
-        f"Nothing records where the A of {', '.join(names)} started: a LoRA draws it from the seed, so those that one program trained with one seed "
-        "share its directions without having learned them, and may count as shared for that alone."
+        f"Nothing records where the A of {', '.join(names)} started. A LoRA draws it from the seed: adapters that one program trained with one seed "
+        "share these random directions without having learned them, and the rule may call them shared for that alone."
     )
 
 
