@@ -18,7 +18,7 @@ from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, linear_weight, lora_layers
 from cora_cli.models.checkpoint import is_finite
 from cora_cli.models.fused import join_projections
-from cora_cli.models.loading import load_model, load_tokenizer, save_model, save_tokenizer, stored_types
+from cora_cli.models.loading import has_own_head, load_model, load_tokenizer, save_model, save_tokenizer, stored_types, untie
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
 from cora_cli.models.references import ModelPath
 from cora_cli.models.trained_on import carry_record, say_other_tokenizer, say_other_weights, trained_on
@@ -74,7 +74,7 @@ def merge_adapter(
     stored = stored_types(base, trust_remote_code) if dtype == "stored" else {}
     widest = max(stored.values(), key=lambda kind: torch.finfo(kind).bits, default=None)
     model = load_model(base, widest or _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
-    tied, rows = _shares_head(model), _embedding_rows(model)
+    tied, rows = not has_own_head(model), _embedding_rows(model)
     wrapped = load_adapter(model, adapter, basis_path)
     layers = len(list(adapted_layers(wrapped)))
     lost = say_rounded_away(wrapped, adapter)
@@ -85,7 +85,7 @@ def merge_adapter(
             "without a row; it belongs to another tokenizer, or its embedding was cut too short"
         )
     join_projections(merged)
-    if tied and not _shares_head(merged):
+    if tied and has_own_head(merged):
         say(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
     _round(merged, stored, adapter)
     with writing.atomic_path(output, replace=False) as temporary:
@@ -112,12 +112,6 @@ def _ends(adapter: ModelPath, tokenizer: Any) -> set[int]:
 
 def _embedding_rows(model: Any) -> int:
     return len(model.get_input_embeddings().weight)
-
-
-def _shares_head(model: Any) -> bool:
-    """Whether embedding and head are one weight. A configuration may say so of files that hold two, which transformers keeps apart."""
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _round(merged: Any, stored: Mapping[str, torch.dtype], adapter: ModelPath) -> None:
@@ -159,8 +153,8 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
         if is_out_of_memory(error):
             raise
         raise CannotMerge(adapter, reason(error)) from error
-    if merged.get_output_embeddings() is not None and not _shares_head(merged):
-        merged.config.get_text_config(decoder=True).tie_word_embeddings = merged.config.tie_word_embeddings = False
+    if has_own_head(merged):
+        untie(merged.config)
     return merged
 
 

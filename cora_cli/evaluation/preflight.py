@@ -23,9 +23,8 @@ from cora_cli.evaluation.evaluate import records_to_answer
 from cora_cli.evaluation.execution.problems import problem_columns, problem_of
 from cora_cli.evaluation.targets import Target, TrainedPrompts, find_targets, trained_prompts
 from cora_cli.models.configuration import load_configuration
-from cora_cli.models.loading import context_length, load_tokenizer
+from cora_cli.models.loading import context_length, load_tokenizer, skeleton_as_stored
 from cora_cli.models.references import ModelPath
-from cora_cli.models.skeleton import build_skeleton
 from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes
 from cora_cli.planning.page import duration, file_lines, memory_lines, size_text
 from cora_cli.rundir import EvaluationDirectory
@@ -84,7 +83,7 @@ def _plan(config: EvaluateConfig, target: Target, hardware: Hardware, trained: T
     template = Template(choose_template(target.template, schema, tokenizer), schema, tokenizer, target.date)
     rendered = [template.render(record) for record in records]
     model_config = load_configuration(target.base, config.trust_remote_code)
-    skeleton: Any = build_skeleton(model_config, config.trust_remote_code)
+    skeleton: Any = skeleton_as_stored(target.base, model_config, config.trust_remote_code)
     rows = skeleton.get_input_embeddings().weight.shape[0]
     room = context_length(model_config) - config.max_new_tokens
     if room < 1:

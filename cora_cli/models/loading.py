@@ -31,7 +31,7 @@ from cora_cli.models.quantized import (
     settle_quantized,
 )
 from cora_cli.models.references import ModelPath
-from cora_cli.models.skeleton import Skeleton, layer_of, shape_fault, skeleton_of, surplus_fault
+from cora_cli.models.skeleton import Skeleton, build_skeleton, layer_of, shape_fault, skeleton_of, surplus_fault
 from cora_cli.progress import say
 from cora_cli.reading import read_json, read_text, refuse_pointer
 from cora_cli.scratch import temporary_directory
@@ -131,7 +131,41 @@ def load_model(
         # Others have their scales apart; so have torchao's tensors, whatever type they show.
         if type(weight.data) is torch.Tensor and str(weight.dtype).removeprefix("torch.") in PLAIN_TYPES:
             finite(weight.detach(), model.reference, name)
+    if has_own_head(loaded):
+        untie(loaded.config)
     return loaded.eval()
+
+
+def has_own_head(model: Any) -> bool:
+    """Whether the weight of the head is another than the embedding's. A configuration may say otherwise of files that hold two, which transformers
+    keeps apart."""
+    head = model.get_output_embeddings()
+    return head is not None and getattr(head, "weight", None) is not getattr(model.get_input_embeddings(), "weight", None)
+
+
+def untie(config: Any) -> None:
+    """Let a configuration say that embedding and head are two weights, so that what reads the model elsewhere does not make one of them."""
+    for part in (config, config.get_text_config(decoder=True)):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+
+
+def skeleton_as_stored(model: ModelPath, config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal model without weights, with a head of its own where the files hold one, whatever `config` says; it is corrected.
+
+    Raises `CoraError` as `build_skeleton` does.
+    """
+    built = build_skeleton(config, trust_remote_code)
+    head = next((name for name, module in built.named_modules() if module is built.get_output_embeddings()), None)
+    if head is None or has_own_head(built) or not model.has_weights:
+        return built
+    skeleton, checkpoint = Skeleton(built), Checkpoint(model)
+    keys = [key for key, name in skeleton.loaded_names(checkpoint.shapes).items() if name in skeleton.shared[f"{head}.weight"]]
+    first = checkpoint.read(keys[0]) if len(keys) > 1 else None
+    if first is None or all(torch.equal(first, checkpoint.read(key)) for key in keys[1:]):
+        return built
+    untie(config)
+    return build_skeleton(config, trust_remote_code)
 
 
 def _unknown_value(model: ModelPath, error: Exception) -> str | None:

@@ -29,7 +29,7 @@ from cora_cli.methods.registry import method_of
 from cora_cli.models.causality import require_causal
 from cora_cli.models.configuration import balances_experts, load_configuration, remove_dropout
 from cora_cli.models.fused import split_parts, split_projections, wanted_views
-from cora_cli.models.loading import check_names, context_length, load_tokenizer
+from cora_cli.models.loading import check_names, context_length, load_tokenizer, skeleton_as_stored
 from cora_cli.models.quantized import check_four_bit, kind_stated, require_four_bit
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.skeleton import build_skeleton
@@ -215,9 +215,10 @@ def _skeleton(config: TrainConfig, known: Shared, model: ModelPath, planned: boo
         return configuration, remove_dropout(configuration)
 
     def build() -> Any:
-        built = build_skeleton(model_config, config.trust_remote_code)
-        if planned:
-            check_names(model, built)
+        if not planned:
+            return build_skeleton(model_config, config.trust_remote_code)
+        built = skeleton_as_stored(model, model_config, config.trust_remote_code)
+        check_names(model, built)
         return built
 
     key = (config.model, config.trust_remote_code)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
@@ -58,6 +59,26 @@ def meter_process(out: Path) -> None:
 def measured(plan: Preflight) -> Measured:
     assert isinstance(plan.measured, Measured), plan.measured
     return plan.measured
+
+
+def test_a_head_that_the_files_hold_apart_counts_and_is_written_as_one_of_its_own(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    config = config_for(model, tiny_data, tmp_path / "run", mode="full")
+    tied = measured(preflight(config))
+    weights["lm_head.weight"] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert AutoConfig.from_pretrained(model).tie_word_embeddings
+    planned = measured(preflight(config))
+    assert planned.parameters["total"] - tied.parameters["total"] == weights["lm_head.weight"].numel()
+    assert planned.memory.parts["weights"] > tied.memory.parts["weights"]
+    record = training.train(config)
+    assert record["parameters"] == planned.parameters
+    assert not AutoConfig.from_pretrained(tmp_path / "run" / "model").tie_word_embeddings
 
 
 def test_a_checkpoint_without_a_head_is_refused_as_by_the_run(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
