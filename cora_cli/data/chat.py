@@ -22,6 +22,8 @@ _PARTS = ("{'type': 'text'", '{"type": "text"')
 """How a template that knows no parts of messages writes one, as Python or as JSON prints it."""
 _CONTROL = re.compile(r"<[^<>\s]{1,40}>")
 """How the control tokens of chat templates are written."""
+_THINK = re.compile(r"</?think>")
+"""The tags around thoughts, which are a part of answers."""
 THOUGHTS = frozenset({"reasoning", "reasoning_content", "thinking"})
 """The entries of a message that hold thoughts."""
 _TOOL = {"name": "probe", "description": "probe", "parameters": {"type": "object", "properties": {}}}
@@ -70,6 +72,14 @@ class ChatTemplate:
         own = dict(zip(self._tokenizer.all_special_tokens, self._tokenizer.all_special_ids, strict=True))
         found = {text: index for text, index in {**added, **own}.items() if text.strip()}
         return dict(sorted(found.items(), key=lambda pair: (-len(pair[0]), pair[0])))
+
+    @cached_property
+    def control(self) -> dict[str, int]:
+        """As `special`, with the tokens around messages that are not called special, such as DeepSeek-R1's `<｜User｜>`."""
+        framed = self._answered({"content": PROBE}, {}, [{"role": "user", "content": "question"}]) or ""
+        framing = {text for text in _CONTROL.findall(framed) if not _THINK.fullmatch(text)}
+        added = self._tokenizer.added_tokens_decoder.items()
+        return {**self.special, **{token.content: index for index, token in added if token.content in framing}}
 
     @cached_property
     def turn_ends(self) -> dict[bool, TurnEnd | None]:

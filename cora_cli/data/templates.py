@@ -207,7 +207,7 @@ class Template:
         if normalizer is None or not self._control_tokens_in_any_case.search(normalizer.normalize_str(text)):
             return False
         ids = {*self.tokenizer(text, add_special_tokens=False)["input_ids"]} - {self.tokenizer.unk_token_id}
-        return not ids.isdisjoint({*self._chat.special.values(), *self.ends})
+        return not ids.isdisjoint({*self._chat.control.values(), *self.ends})
 
     @property
     def _turn_ends(self) -> dict[bool, TurnEnd | None]:
@@ -216,7 +216,7 @@ class Template:
     @cached_property
     def _control_tokens(self) -> re.Pattern[str]:
         turns = [turn.text for turn in self._turn_ends.values() if turn]
-        return re.compile("|".join(map(re.escape, [*self._chat.special, *turns])) or r"(?!)")
+        return re.compile("|".join(map(re.escape, [*self._chat.control, *turns])) or r"(?!)")
 
     @cached_property
     def _control_tokens_in_any_case(self) -> re.Pattern[str]:

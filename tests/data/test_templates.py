@@ -359,6 +359,15 @@ def test_control_tokens_spelled_in_a_text_are_counted_but_not_the_end_of_an_answ
     assert encode_records(spelled, template, 200, "training").control_tokens == 2
 
 
+def test_tokens_around_messages_that_are_not_called_special_are_counted_but_not_those_of_thoughts_and_calls():
+    frame = "<｜{{ m['role'] }}｜>{% if m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}"
+    tokenizer = with_template(f"{{% for m in messages %}}{frame}{{% endfor %}}{{# <call> #}}")
+    tokenizer.add_tokens(["<｜user｜>", "<｜assistant｜>", "<think>", "<call>"])
+    template = Template("chat", "prompt", tokenizer)
+    spelled = [{"prompt": f"a {text} b", "completion": "a"} for text in ("<｜user｜>", "<think>", "<call>", "<｜other｜>")]
+    assert [template.spells_control_tokens(record) for record in spelled] == [True, False, False, False]
+
+
 def test_control_tokens_that_a_normalizer_makes_of_a_text_are_counted():
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -1.0) for letter in "abs</>")]
     own = Tokenizer(Unigram(pieces, unk_id=0))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from cora_cli.data.chat import UnsteadyTemplate, apply_chat_template
+from cora_cli.data.chat import ChatTemplate, UnsteadyTemplate, apply_chat_template
 from cora_cli.data.encode import check_rows, encode_prompt
 from cora_cli.data.templates import Rendered, Template, reads_clock
 from cora_cli.device import select_hardware
@@ -44,6 +44,11 @@ class LocalJudge:
                 f"--template-date has no effect: the chat template of {self._model.reference} writes no date; leave it out"
             )
         self._date = config.template_date or date or today()
+        if self._tokenizer.chat_template:
+            # Those that the tokenizer does not call special would not be split in a message.
+            control = ChatTemplate(self._tokenizer, self._date).control
+            own = [token.content for token in self._tokenizer.added_tokens_decoder.values() if not token.special]
+            self._tokenizer.add_tokens([text for text in own if text in control], special_tokens=True)
         self.identity = {
             "model": self._model.reference,
             "model_sha256": self._model.content_hash(),
