@@ -553,6 +553,11 @@ def test_texts_of_which_the_encoder_reads_only_the_beginning_are_counted(words: 
     assert ("1 of 2 examples have a text of more than the 512 tokens" in capsys.readouterr().err) is said
 
 
+def test_texts_that_spell_a_control_token_of_the_encoder_are_counted(capsys):
+    list(BertScore().stream(["fill in the [MASK]", "a", "[mask]"], ["fill in the gap", "b", "c"]))
+    assert "1 of 3 examples have a text that spells a control token of the encoder, such as [MASK]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("names", "said"),
     [

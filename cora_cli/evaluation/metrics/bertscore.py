@@ -110,6 +110,13 @@ class BertScore(StreamingMetric):
                 f"BERTScore: {count} of {len(pairs)} examples have a text of more than the {encoder.max_tokens} tokens that the encoder takes; what comes "
                 "after them is not compared"
             )
+        control = encoder.tokenizer.all_special_tokens
+        spelled = {text: token for text in tokens if (token := next((one for one in control if one in text), None))}
+        if found := [token for pair in pairs if (token := spelled.get(pair[0], spelled.get(pair[1])))]:
+            say(
+                f"BERTScore: {len(found)} of {len(pairs)} examples have a text that spells a control token of the encoder, such as {found[0]}, which it "
+                "takes for the token itself, as bert-score does"
+            )
         padded = self._padded_by_evaluate(pairs, tokens) if self._as_evaluate else None
         # Texts of equal length are sorted by content, so that the order does not depend on the hash seed.
         texts = sorted(tokens, key=lambda text: (len(tokens[text]), text))
