@@ -101,11 +101,19 @@ def find_targets(config: EvaluateConfig) -> list[Target]:
     for name in config.runs or ():
         own, compared = _targets_of_run(config, name)
         if compared is not None and not any(_same_answers(compared, other, config.trust_remote_code) for other in targets):
+            if any(compared.name == other.name for other in targets):  # for other prompts or records
+                compared = dataclasses.replace(compared, name=f"{compared.base.reference} (base of {name})")
             targets.append(compared)
         targets += _at_ranks(config, own)
     _check_effects(config, targets)
     if config.ensemble:
         return _as_ensemble(config, targets)
+    bases = [target for target in targets if target.own_records is None]
+    if config.output_dir and len(bases) > 1:
+        raise CoraError(
+            f"{bases[0].name} and {bases[1].name} would be written to the same directory {bases[0].output.root}; evaluate their runs separately, "
+            "or leave out --output-dir"
+        )
     if len({target.output.root.resolve() for target in targets}) < len(targets):
         raise CoraError(
             "a run is named twice, or two runs have the same name, so that they would be written to the same directory; evaluate them separately"

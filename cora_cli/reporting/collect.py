@@ -445,13 +445,17 @@ def _check_comparable(results: list[Result]) -> None:
                         f"{names} were evaluated on different records, so they cannot be compared; evaluate both on the same ones, or report "
                         "them separately"
                     )
-                held_out = {one.record.get("data", {}).get("test_sha256") for one in (first[0], result)}
-                equal = len(held_out) == 1 and None not in held_out
-                which = (
-                    "different tokens of equal records, as by another --template or --max-length"
-                    if equal
-                    else "different records"
-                )
                 raise CoraError(
-                    f"{names} measured their held-out loss on {which}, so they cannot be compared; report them separately"
+                    f"{names} measured their held-out loss on {_unlike_losses(first[0], result)}, so they cannot be compared; report them separately"
                 )
+
+
+def _unlike_losses(one: Result, other: Result) -> str:
+    """On what the held-out losses of two runs, which cannot be compared, were measured."""
+    held_out = {each.record.get("data", {}).get("test_sha256") for each in (one, other)}
+    sizes = [each.measures[LOSS].n for each in (one, other)]
+    if len(held_out) > 1 or None in held_out:
+        return "different records"
+    if sizes[0] != sizes[1]:
+        return f"{sizes[0]} and {sizes[1]} of equal records, as by another --eval-limit or --max-length"
+    return "different tokens of equal records, as by another --template or --max-length"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -207,6 +208,18 @@ def test_several_runs_of_one_base_share_its_evaluation(trained: dict[str, Path],
     results = evaluate(EvaluateConfig(runs=runs, with_base=True, output_dir=str(tmp_path / "out"), **FAST))
     assert len(results) == 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["base", "fb", "lora"]
+
+
+def test_one_base_that_answers_two_kinds_of_prompts_has_two_names(trained: dict[str, Path], run: Path, tiny_model: Path):
+    record = unsealed(run / "run.json")
+    writing.write_json(run / "run.json", {**record, "data": {**record["data"], "template": "plain"}})
+    asked = EvaluateConfig(runs=(str(trained["fb"]), str(run)), with_base=True)
+    names = [target.name for target in find_targets(asked)]
+    assert names == [f"{tiny_model} (base)", str(trained["fb"]), f"{tiny_model} (base of {run})", str(run)]
+    with pytest.raises(
+        CoraError, match=r"\(base of .*run\) would be written to the same directory out/base; evaluate their runs"
+    ):
+        find_targets(dataclasses.replace(asked, output_dir="out"))
 
 
 def test_with_base_needs_runs():

@@ -296,6 +296,22 @@ def test_repeated_prompts_that_are_lists_of_messages_are_counted(tmp_path):
     assert result.generation["repeated_prompts"] == 3
 
 
+def test_losses_on_fewer_of_equal_records_are_refused_as_such(tmp_path):
+    grid = make_grid(tmp_path, [Made("lora", "lora"), Made("fb", "fb")], prompts=6)
+    for path in grid.rglob("run.json"):
+        record = unsealed(path)
+        if "-fb_" in str(path):
+            run = RunDirectory(path.parent)
+            lines = read_jsonl(run.heldout)[:9]
+            writing.write_jsonl(run.heldout, lines)
+            tokens = np.array([line["tokens"] for line in lines], dtype=float)
+            before, after = (HeldOutLoss(np.array([line[when] for line in lines]), tokens) for when in ("before", "after"))
+            record["heldout"] = {"before": before.summary(), "after": after.summary(), "change": loss_change(before, after)}
+        writing.write_json(path, record | {"data": record["data"] | {"test_sha256": "0" * 64}})
+    with pytest.raises(CoraError, match=r"loss on \d+ and 9 of equal records, as by another --eval-limit or --max-length, so"):
+        collect(read_plan(grid))
+
+
 def test_losses_on_other_tokens_of_equal_records_are_refused_as_such(tmp_path):
     grid = make_grid(tmp_path, [Made("lora", "lora"), Made("fb", "fb")], prompts=6)
     for path in grid.rglob("run.json"):
