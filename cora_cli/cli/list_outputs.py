@@ -44,7 +44,7 @@ def table(entries: "list[Entry]", root: Path, width: int | None) -> str:
     rows = [("kind", "status", "method", "result", "changed", "path")]
     for entry in entries:
         path = str(entry.path.relative_to(root)) or "."
-        rows.append((entry.kind, entry.status, fitted(entry.method, 12), fitted(entry.result, 15), entry.when, path))
+        rows.append((entry.kind, entry.status, fitted(entry.method, 14), fitted(entry.result, 15), entry.when, path))
     widths = [max(len(row[place]) for row in rows) for place in range(5)]
     room = None if width is None else max(width - sum(widths) - 5, 8)
     return "\n".join(

@@ -78,6 +78,7 @@ def _card(run: RunDirectory, record: Mapping[str, Any], name: str, scores: Mappi
         for folder, metrics in scores.items()
         for sentence in (*_conditions(folder, metrics["generation"], run, record), *_remarks(folder, metrics))
     ]
+    remarks += _unlike_answers({folder: metrics["generation"] for folder, metrics in scores.items()})
     return card(run.result, record, name, scores, verdict, remarks).encode()
 
 
@@ -102,6 +103,21 @@ def _conditions(folder: str, generation: Mapping[str, Any], run: RunDirectory, r
     if (template := generation.get("template")) not in (None, trained := record["data"]["template"]):
         found.append(f"{folder}: its prompts have the template {template}, those of the training {trained}.")
     return found
+
+
+def _unlike_answers(generations: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence on the settings by which the answers of evaluations differ, with whose they are."""
+    listed = []
+    for name in ("max_new_tokens", "end_tokens", "dtype"):
+        values: dict[str, list[str]] = {}
+        for folder, made in generations.items():
+            if (value := {**made.get("settings", {}), **made}.get(name)) is not None:
+                values.setdefault(str(value), []).append(folder)
+        if len(values) > 1:
+            whose = (f"{value} ({', '.join(folders)})" for value, folders in values.items())
+            listed.append(f"{name} {', '.join(whose)}")
+    said = "The answers were generated with different settings, from which differences between these scores may come"
+    return [f"{said}: {'; '.join(listed)}."] if listed else []
 
 
 def _remarks(folder: str, record: Mapping[str, Any]) -> list[str]:

@@ -92,7 +92,7 @@ def test_the_card_says_of_which_model_and_answers_scores_are_that_are_not_those_
     evaluate(EvaluateConfig(runs=(str(run), str(other)), ensemble=True, output_dir=str(run / "both"), **FAST))
     evaluate_run(other, output_dir=str(run / "elsewhere"), metrics=("rouge1",))
     sampled = {"samples": 2, "temperature": 0.5}
-    evaluate_run(run, output_dir=str(run / "sampled"), template="alpaca", metrics=("rouge1",), **sampled)
+    evaluate_run(run, output_dir=str(run / "sampled"), template="alpaca", metrics=("rouge1",), max_new_tokens=3, **sampled)
     evaluate_run(run, output_dir=str(run / "same"), metrics=("rouge1",))
     (run / "copied").mkdir()
     writing.write_jsonl(run / "copied" / "predictions.jsonl", read_jsonl(run / "same" / "predictions.jsonl"))
@@ -109,6 +109,8 @@ def test_the_card_says_of_which_model_and_answers_scores_are_that_are_not_those_
     ):
         assert f"\n\n{sentence}\n\n" in text
     assert not re.search(r"^(eval|same): (its|nothing)", text, re.MULTILINE)
+    unlike = r"with different settings, from which differences between these scores may come: max\\_new\\_tokens \d+ \(.*eval.*\), 3 \(sampled\)"
+    assert re.search(unlike, text)
 
 
 def test_the_card_says_which_scores_are_of_a_lower_rank_or_of_draws(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
