@@ -1,5 +1,6 @@
 """Collects the answers of the runs of a group to the same records, with their scores, the fates of their programs and their judgments."""
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -29,12 +30,19 @@ def _answers(group: Group, judged: Sequence[Judged]) -> AnswerSet | None:
     read = [_answers_of(result, measures, judged) for _, result in results]
     prompts, references = read[0][0], read[0][1]
     rows = [
-        Prompt(prompt, reference, tuple(answers[place] for _, _, answers in read))
+        Prompt(prompt, reference, tuple(_asked(answers[place], theirs[place], prompt) for theirs, _, answers in read))
         for place, (prompt, reference) in enumerate(zip(prompts, references, strict=True))
     ]
     titles = [title for title, _ in results]
     runs = tuple(clean(f"{title}, seed {result.row.seed}" if titles.count(title) > 1 else title) for title, result in results)
     return AnswerSet(group.name, runs, measures, frozenset(LOWER_IS_BETTER), tuple(rows))
+
+
+def _asked(answer: Answer, prompt: str, shown: str) -> Answer:
+    """The answer with a note where it is one to another prompt than is shown, as of another template; some have none."""
+    if not shown or prompt in ("", shown):
+        return answer
+    return dataclasses.replace(answer, notes=(*answer.notes, "asked by another prompt than the one shown"))
 
 
 def _answers_of(result: Result, measures: Sequence[str], judged: Sequence[Judged]) -> tuple[list[str], list[str], list[Answer]]:

@@ -108,8 +108,21 @@ def _paper_notes(compared: Sequence[Line]) -> list[str]:
     ranks = ", ".join(str(rank) for rank in dict.fromkeys(row.rank for row in rows) if rank is not None)
     return [
         f"In parentheses: the number published in the paper ({source['source']}, {source['model']}, one seed, no interval). "
-        f"The numbers here are of {model} on {data}{f', rank {ranks}' if ranks else ''}."
+        f"The numbers here are of {model} on {data}{f', rank {ranks}' if ranks else ''}.",
+        *_metrics_unlike_the_papers(compared),
     ]
+
+
+def _metrics_unlike_the_papers(compared: Sequence[Line]) -> list[str]:
+    """A sentence on the metrics of `compared` that stand next to numbers of the paper on another scale, or most likely of another implementation."""
+    measured = {name: line.method.with_measure(name) for line in compared for name in line.paper if name in line.estimates}
+    signatures = {name: results[0].measures[name].signature for name, results in measured.items()}
+    # The two variants have the same SacreBLEU.
+    own = [name for name, said in signatures.items() if name.startswith(("rouge", "meteor")) and "variant:" not in said]
+    found = [f"{', '.join(own)} as cora computes them by default (--metric-variant hf-evaluate is closer)"] if own else []
+    if "|encoder:builtin:" in signatures.get("bertscore_f1", ""):
+        found.append("bertscore_f1 on a small encoder (MiniLM-L6), so on another scale")
+    return [f"Measured otherwise than most likely in the paper: {'; '.join(found)}."] if found else []
 
 
 def _lopsided_notes(group: Group) -> list[str]:

@@ -1,5 +1,6 @@
 """The notes under a report's tables: what the rows differ by apart from their methods, and where a number says less than it seems to."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -10,10 +11,11 @@ from cora_cli.data.records import repeated_notice
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.reading import read_json, read_jsonl
-from cora_cli.reporting.collect import Collection
+from cora_cli.reporting.answers import answer_sets
+from cora_cli.reporting.collect import Collection, collect
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report import report
-from cora_cli.reporting.report_rows import Experiment
+from cora_cli.reporting.report_rows import Experiment, read_plan
 from cora_cli.reporting.summary import summarise
 from cora_cli.reporting.tables import scores_table
 from cora_cli.training.config import TrainConfig
@@ -53,6 +55,18 @@ def test_seeds_whose_answers_average_other_numbers_of_draws_are_not_pooled_witho
     text = " ".join(report([str(grid)]).split())
     assert "different settings, from which differences between rows may come: draws of the weights (10, 0)." in text
     assert "The means over seeds mix them: scalabl r=4." in text
+
+
+def test_answers_to_another_prompt_than_the_one_shown_say_so(tmp_path):
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb"), Made("lora", "lora")], prompts=6)
+    predictions = next(path for path in grid.rglob("predictions.jsonl") if "lora" in str(path))
+    lines = [
+        {**line, "prompt": f"### {line['prompt']}" if line["index"] < 2 else line["prompt"]} for line in read_jsonl(predictions)
+    ]
+    write_scored(predictions.parent, lines, read_json(predictions.with_name("metrics.json")))
+    (answers,) = answer_sets(summarise(collect(read_plan(grid))))
+    noted = [[answer.notes for answer in record.answers] for record in answers.prompts]
+    assert noted == [[(), ("asked by another prompt than the one shown",) if place < 2 else ()] for place in range(6)]
 
 
 def test_answers_whose_scores_say_less_than_they_seem_to_are_counted_by_row_under_the_table(tmp_path):
@@ -136,6 +150,23 @@ def test_next_to_the_papers_numbers_stands_of_which_model_data_and_rank_those_of
     text = " ".join(report([str(make_grid(tmp_path / "grid", rows, prompts=6, paper_table="main"))]).split())
     published = "the number published in the paper (arXiv 2409.02119v1, meta-llama/Llama-2-13b-hf, one seed, no interval)."
     assert f"In parentheses: {published} The numbers here are of tiny-model on tiny-data, rank 4." in text
+    unlike = "rouge1, rougeL as cora computes them by default (--metric-variant hf-evaluate is closer)"
+    assert f"Measured otherwise than most likely in the paper: {unlike}." in text
+
+
+def test_a_bertscore_of_the_embedded_encoder_is_said_to_be_on_another_scale_than_the_papers():
+    bert = result("fb", bertscore_f1=[0.7, 0.8], rouge1=[0.3, 0.4])
+    signatures = {
+        "bertscore_f1": "bertscore_f1|encoder:builtin:all-MiniLM-L6-v2|layer:6",
+        "rouge1": "rouge1|variant:hf-evaluate|bs:1000",
+    }
+    for name, said in signatures.items():
+        bert.measures[name] = dataclasses.replace(bert.measures[name], signature=said)
+    bert = dataclasses.replace(bert, row=dataclasses.replace(bert.row, printed="CoRA_code_FB_5"))
+    experiment = Experiment("tiny", "Tiny", "main", None, (), (bert.row,))
+    (group,) = summarise(Collection(experiment, [bert], [])).groups
+    said = "Measured otherwise than most likely in the paper: bertscore_f1 on a small encoder (MiniLM-L6), so on another scale."
+    assert said in scores_table(group, "main").notes
 
 
 @pytest.mark.parametrize(("truncated", "said"), [(5, True), (0, False)])
