@@ -16,6 +16,7 @@ from transformers import (
     MixtralConfig,
     MptConfig,
     PhimoeConfig,
+    Qwen4ExpTextConfig,
     RobertaConfig,
     RwkvConfig,
     RwkvForCausalLM,
@@ -26,6 +27,7 @@ from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 from cora_cli.errors import CoraError
 from cora_cli.models.configuration import (
     balances_experts,
+    depends_on_batch,
     length_limits,
     load_configuration,
     remove_dropout,
@@ -105,6 +107,16 @@ def test_lengths_at_which_attention_or_positions_change() -> None:
     assert length_limits(DeepseekV32Config(index_topk=24)) == {24}
     assert length_limits(DeepseekV4Config(sliding_window=8)) >= {8, 4, 128}
     assert length_limits(LlamaConfig(hidden_size=32, num_attention_heads=4, rope_parameters=LONGROPE)) == {40}
+
+
+def test_attention_that_chooses_keys_by_content_depends_on_the_batch() -> None:
+    assert depends_on_batch(DeepseekV32Config(index_topk=24))
+    assert depends_on_batch(DeepseekV4Config(sliding_window=8))
+    plain, indexed = Qwen4ExpTextConfig(), Qwen4ExpTextConfig()
+    indexed.indexer_budget = 64
+    assert depends_on_batch(indexed)
+    assert not depends_on_batch(plain)
+    assert not depends_on_batch(MistralConfig(sliding_window=8))
 
 
 @pytest.mark.parametrize(
