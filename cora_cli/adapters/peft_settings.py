@@ -32,6 +32,15 @@ def say_unknown_settings(adapter: ModelPath) -> None:
         )
 
 
+def say_weights_beside(adapter: ModelPath) -> None:
+    """Say which weight files of an adapter's directory are not its own, and so read by nobody: what else was trained may be in them."""
+    if files := adapter.weights_beside():
+        say(
+            f"adapter {adapter.path}: its directory also holds {', '.join(file.name for file in files[:3])}, which PEFT does not read; what was "
+            "trained besides the adapter may be in there"
+        )
+
+
 def misfit(adapter: ModelPath) -> str | None:
     """The first setting of an adapter that PEFT cannot compute with, since it is of another type than its default, in words."""
     config = adapter.adapter_config()

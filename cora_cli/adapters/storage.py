@@ -28,7 +28,7 @@ from cora_cli import rundir, writing
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_facts, starting_b
 from cora_cli.adapters.install import apply_trained_set, install_adapter
-from cora_cli.adapters.peft_settings import check_patterns, misfit, say_unknown_settings
+from cora_cli.adapters.peft_settings import check_patterns, misfit, say_unknown_settings, say_weights_beside
 from cora_cli.adapters.posterior import write_row_noise
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.computed import Computed
@@ -187,6 +187,7 @@ def load_adapter(
             "checkpoints"
         )
     say_unknown_settings(adapter)
+    say_weights_beside(adapter)
     split_as_trained(model, adapter, facts)
     check_patterns(model, adapter)
     try:

@@ -195,6 +195,12 @@ class ModelPath:
                 return named
         return {}
 
+    def weights_beside(self) -> list[Path]:
+        """Weight files next to those of an adapter, which PEFT does not read, such as `non_lora_trainables.bin` of LLaVA."""
+        found = [file for ending in _ENDINGS for file in sorted(self.path.glob(f"*.{ending}"))] if self._adapter_files() else []
+        own = ("adapter_", ".", rundir.POSTERIOR)
+        return [file for file in found if not (file.name.startswith(own) or _NO_WEIGHTS.fullmatch(file.name))]
+
     def check_unambiguous(self) -> None:
         """Raise `CoraError` for a directory with the weights of both a complete model and an adapter, or of an adapter that is not PEFT's."""
         if (self.path / "adapter_config.json").exists() and not ((self.path / "config.json").exists() or self.is_adapter):

@@ -16,7 +16,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_M
 from cora_cli import hashing, rundir
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts, starting_b
-from cora_cli.adapters.peft_settings import say_unknown_settings
+from cora_cli.adapters.peft_settings import say_unknown_settings, say_weights_beside
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import check_is_complete, check_start
 from cora_cli.errors import CoraError, reason
@@ -63,6 +63,7 @@ class AdapterFactors:
         self._check_form(model)
         check_is_complete(model)
         say_unknown_settings(model)
+        say_weights_beside(model)
         say_mean(model)
         self.checkpoint = Checkpoint(model)
         self._starting_b = _starting_b(model)

@@ -406,3 +406,14 @@ def test_into_weights_that_are_held_quantised_nothing_is_merged_and_so_nothing_r
     adapter = resolve_model(str(tmp_path / "adapter"))
     assert say_rounded_away(load_adapter(base, adapter), adapter) is None
     assert "is lost" not in capsys.readouterr().err
+
+
+def test_weights_next_to_an_adapter_that_peft_does_not_read_are_named(tiny_model, tmp_path, capsys):
+    foreign(tiny_model, tmp_path / "adapter")
+    torch.save({}, tmp_path / "adapter" / "optimizer.pt")
+    save_file({}, tmp_path / "adapter" / "posterior.safetensors")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    assert "does not read" not in capsys.readouterr().err
+    torch.save({"model.norm.weight": torch.ones(2)}, tmp_path / "adapter" / "non_lora_trainables.bin")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "again")
+    assert "also holds non_lora_trainables.bin, which PEFT does not read" in capsys.readouterr().err
