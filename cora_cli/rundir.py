@@ -149,10 +149,9 @@ class RunDirectory:
                 f"{self.result / added[0]} was put next to the result of a finished run and is no part of it; move it out of {self.result}"
             )
         changed = [name for name in sorted({*known, *found}) if known.get(name) != found.get(name)]
-        raise CoraError(
-            f"{self.result / changed[0] if changed else self.result} was changed after its training had finished: it does not have the hash in "
-            f"{self.record}; restore it, or write it again with the same `cora train` command and --resume"
-        )
+        path = self.result / changed[0] if changed else self.result
+        fault = unlike_record(path, self.record, "after its training had finished")
+        raise CoraError(f"{fault}; restore it, or write it again with the same `cora train` command and --resume")
 
     def _check_seed(self, record: Mapping[str, Any]) -> None:
         """Raise `CoraError` if the record states another seed than the adapter, whose files it has the hashes of: it would feign a second seed."""
@@ -165,6 +164,15 @@ class RunDirectory:
             raise CoraError(
                 f"{self.record} was changed after its training had finished: it states the seed {stated}, but {details} the seed {trained}; restore it"
             )
+
+
+def unlike_record(path: Path, record: Path, when: str = "after it was written") -> str:
+    """Says that a file is not the one whose hash `record` has."""
+    return (
+        f"{path} was changed {when}: it does not have the hash in {record}"
+        if path.exists()
+        else f"{path} is missing; {record} has its hash"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

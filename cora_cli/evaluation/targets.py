@@ -23,7 +23,7 @@ from cora_cli.models.loading import load_tokenizer
 from cora_cli.models.references import ModelPath, absolute, resolve_base, resolve_model
 from cora_cli.models.trained_on import say_other_tokenizer, say_unrecorded, trained_on
 from cora_cli.progress import say
-from cora_cli.rundir import EvaluationDirectory, RunDirectory
+from cora_cli.rundir import EvaluationDirectory, RunDirectory, unlike_record
 from cora_cli.settings import TemplateName
 
 
@@ -261,8 +261,7 @@ def check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:
     expected = record["data"].get("test_sha256")
     if expected is not None and (not run.test_records.is_file() or hashing.sha256_file(run.test_records) != expected):
         raise CoraError(
-            f"{run.test_records} was changed after it was written: it does not have the hash in {run.record.name}; restore it, or name "
-            "the records to answer with --dataset"
+            f"{unlike_record(run.test_records, run.record)}; restore it, or name the records to answer with --dataset"
         )
 
 

@@ -104,7 +104,7 @@ def _is_of_cora(model: ModelPath) -> bool:
 def _read_prompts(path: Path, expected: str | None) -> frozenset[str]:
     if expected is not None and (not path.is_file() or hashing.sha256_file(path) != expected):
         raise CoraError(
-            f"{path} was changed after it was written, so it does not tell which prompts were trained on; restore it"
+            f"{path} {'was changed after it was written' if path.exists() else 'is missing'}, so nothing tells which prompts were trained on; restore it"
         )
     return frozenset(read_text(path).split() if path.exists() else ())
 

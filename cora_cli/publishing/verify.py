@@ -62,7 +62,8 @@ def check_run(run: RunDirectory) -> list[str]:
             f"{run.record} was changed after it was written: its mode is {record['mode']}, but the run was trained with {mode}"
         )
     found = [f"{run.result}: {len(run.result_files())} files with the recorded hash"]
-    _check_settings(run, record)
+    if "laplace" not in record:  # there the settings are those of the run behind it
+        found.append(_check_settings(run, record))
     # Whoever publishes may leave out the records.
     if run.test_records.exists() or not run.sums.exists():
         check_test_records(run, record)
@@ -80,10 +81,10 @@ def check_run(run: RunDirectory) -> list[str]:
     return found
 
 
-def _check_settings(run: RunDirectory, record: dict[str, Any]) -> None:
-    """Raise `CoraError` where the settings in `record` are not those of `config.yaml`, which holds what was asked for."""
-    if not run.config.is_file() or "laplace" in record:  # there the settings are those of the run behind it
-        return
+def _check_settings(run: RunDirectory, record: dict[str, Any]) -> str:
+    """Raise `CoraError` where the settings in `record` are not those of `config.yaml`, which holds what was asked for. Returns what was found."""
+    if not run.config.is_file():
+        return f"{run.config.name}: missing, so the settings in {run.record.name} were compared with nothing"
     asked = read_yaml(run.config, "configuration of the run")
     for name, value in record["fingerprint"]["settings"].items():
         # What was left to the program is settled in the record alone.
@@ -91,6 +92,7 @@ def _check_settings(run: RunDirectory, record: dict[str, Any]) -> None:
             raise CoraError(
                 f"{run.record} and {run.config.name} have another {name} ({value} and {asked[name]}): one of them was changed after it was written"
             )
+    return f"{run.config.name}: the recorded settings"
 
 
 def _check_sums(run: RunDirectory) -> list[str]:

@@ -1,6 +1,7 @@
 """`cora verify`: hashes, losses and metrics are computed again, and the file that is not as recorded is named."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ def test_a_run_as_it_was_written_passes(finished: Path) -> None:
     assert f"{finished}/adapter: 3 files with the recorded hash" in result.stdout
     assert "heldout.jsonl: gives the recorded losses before and after training" in result.stdout
     assert f"{finished}/eval: rouge1, rougeL, sacrebleu, nll of 4 predictions computed again, as recorded" in result.stdout
+    assert "config.yaml: the recorded settings" in result.stdout
     assert result.stdout.endswith(f"{finished} is as recorded\n")
+
+
+def test_settings_without_the_file_to_compare_them_with_are_said(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "config.yaml").unlink()
+    result = CliRunner().invoke(app, ["verify", str(run)])
+    assert (result.exit_code, "config.yaml: missing, so the settings in run.json were" in result.stdout) == (0, True)
 
 
 def flip(path: Path) -> None:
@@ -107,9 +116,9 @@ def impossible_bootstrap(entry: str, value: int) -> Callable[[Path], None]:
     ("name", "damage", "says"),
     [
         ("adapter/adapter_model.safetensors", flip, "adapter/adapter_model.safetensors was changed after its training"),
-        ("adapter/adapter_config.json", Path.unlink, "adapter/adapter_config.json was changed after its training"),
+        ("adapter/adapter_config.json", Path.unlink, "adapter/adapter_config.json is missing"),
         ("test.jsonl", flip, "test.jsonl was changed after it was written"),
-        ("test.jsonl", Path.unlink, "test.jsonl was changed after it was written"),
+        ("test.jsonl", Path.unlink, "test.jsonl is missing"),
         ("trained_prompts.txt", flip, "trained_prompts.txt was changed after it was written"),
         ("heldout.jsonl", other_order, "heldout.jsonl was altered after it was written: it does not have the hash in run.json"),
         (
