@@ -20,7 +20,7 @@ from cora_cli.adapters.base import base_of, check_base
 from cora_cli.adapters.card import carry_card
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts
-from cora_cli.adapters.merge import no_change_of_weights
+from cora_cli.adapters.merge import CannotMerge, merged_into_base, no_change_of_weights
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import (
     WEIGHTS_FILE,
@@ -132,7 +132,7 @@ def _as_lora(
     # PEFT does not convert AdaLoRA, although its B·diag(E)·A is a LoRA, pruned or not.
     converts = wrapped.supports_lora_conversion() or isinstance(config, AdaLoraConfig)
     if ours is None or is_lora or not converts:
-        raise CoraError(f"{none}; {_instead(wrapped)}")
+        raise CoraError(f"{none}; {_instead(wrapped, adapter)}")
     also = [*(config.modules_to_save or ()), *(["biases"] if getattr(config, "bias", "none") != "none" else [])]
     if also:
         raise CoraError(
@@ -144,7 +144,7 @@ def _as_lora(
         with torch.no_grad():
             factors = {name: _factors(_delta(layer)) for name, layer in layers}
     except (TypeError, NotImplementedError) as error:  # PEFT cannot compute this layer's ΔW, or needs an input for it
-        raise CoraError(f"{none}; {_instead(wrapped)}") from error
+        raise CoraError(f"{none}; {_instead(wrapped, adapter)}") from error
     # PEFT's own conversion wants one rank that no layer's dimensions are below.
     state, rank = plain_factors(factors)
     transposed = any(stores_transposed(layer) for _, layer in layers)
@@ -152,12 +152,11 @@ def _as_lora(
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed), state
 
 
-def _instead(wrapped: PeftModel) -> str:
-    """What serves an adapter that is no LoRA, by whether a layer of it can be merged; `wrapped` is of no more use."""
+def _instead(wrapped: PeftModel, adapter: ModelPath) -> str:
+    """What serves an adapter that is no LoRA, by whether it can be merged; `wrapped` is of no more use."""
     try:
-        layer: Any = next(module for _, module in adapted_layers(wrapped))
-        layer.merge()
-    except (ValueError, RuntimeError):  # as `merge_and_unload` raises; NotImplementedError is one of them
+        merged_into_base(wrapped, adapter)
+    except CannotMerge:
         return "`cora evaluate`, on transformers, evaluates it as it is"
     return "`cora merge` writes it as a plain model"
 

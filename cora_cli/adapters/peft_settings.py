@@ -37,7 +37,7 @@ def say_weights_beside(adapter: ModelPath) -> None:
     if files := adapter.weights_beside():
         say(
             f"adapter {adapter.path}: its directory also holds {', '.join(file.name for file in files[:3])}, which PEFT does not read; what was "
-            "trained besides the adapter may be in there"
+            "trained with the adapter may be in there"
         )
 
 
