@@ -36,8 +36,9 @@ def load_work(dtype: str, dataset: str | None) -> tuple[Any, Any, list[list[int]
     from cora_cli.data.templates import Template
     from cora_cli.device import select_hardware
     from cora_cli.evaluation.generate import end_tokens
-    from cora_cli.models.loading import load_model, load_tokenizer
+    from cora_cli.models.loading import load_model
     from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
+    from cora_cli.models.tokenizer import load_tokenizer
 
     path = resolve_model(EMBEDDED_MODEL)
     hardware = select_hardware("auto", "fp32" if dtype == "fp32" else "auto")

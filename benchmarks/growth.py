@@ -92,8 +92,8 @@ def records(count: int, directory: Path) -> Work:
     from cora_cli.data.pack import pack
     from cora_cli.data.records import Record
     from cora_cli.data.templates import Template
-    from cora_cli.models.loading import load_tokenizer
     from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
+    from cora_cli.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(resolve_model(EMBEDDED_MODEL))
     template, chosen = Template("alpaca", "alpaca", tokenizer), [Record(one) for one in _code(count)]
@@ -149,8 +149,8 @@ def tiny_model(directory: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cora_cli.models.loading import load_tokenizer
     from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
+    from cora_cli.models.tokenizer import load_tokenizer
 
     path = directory / "model"
     if path.exists():

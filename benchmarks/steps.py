@@ -22,8 +22,8 @@ def tiny_model(directory: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cora_cli.models.loading import load_tokenizer
     from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
+    from cora_cli.models.tokenizer import load_tokenizer
 
     torch.manual_seed(0)
     tokenizer = load_tokenizer(resolve_model(EMBEDDED_MODEL))

@@ -78,8 +78,9 @@ def load_work(side: str, options: argparse.Namespace, dtype: str) -> tuple[Any, 
     from cora_cli.data.split import load_split
     from cora_cli.data.templates import Template
     from cora_cli.device import select_hardware, select_packed_attention
-    from cora_cli.models.loading import load_model, load_tokenizer
+    from cora_cli.models.loading import load_model
     from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
+    from cora_cli.models.tokenizer import load_tokenizer
     from cora_cli.training.attention import register_packed_attention
 
     register_packed_attention()

@@ -38,8 +38,9 @@ from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, factors_of, l
 from cora_cli.methods.registry import method_of
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.fused import SplitProjection, split_parts
-from cora_cli.models.loading import load_model, load_tokenizer, save_tokenizer
+from cora_cli.models.loading import load_model
 from cora_cli.models.references import ModelPath
+from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
 from cora_cli.models.trained_on import carry_record
 
 _NEGLIGIBLE = 1e-6

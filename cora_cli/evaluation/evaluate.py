@@ -70,7 +70,7 @@ from cora_cli.evaluation.scoring import Evaluation, score
 from cora_cli.evaluation.targets import Target, TrainedPrompts, check_own_records, find_targets, trained_prompts
 from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.lock import own_directory
-from cora_cli.models.loading import load_tokenizer
+from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.models.trained_on import known_prompts, say_other_weights, trained_on
 from cora_cli.progress import say
 from cora_cli.reading import read_jsonl

@@ -27,9 +27,10 @@ from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.experiments.stock_trainer import time_stock_trainer
 from cora_cli.extraction.extract import extract_basis
-from cora_cli.models.loading import load_model, load_tokenizer
+from cora_cli.models.loading import load_model
 from cora_cli.models.quantized import require_four_bit
 from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
+from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.progress import say
 from cora_cli.reading import read_jsonl
 from cora_cli.records import LogLine, Prediction, read_run

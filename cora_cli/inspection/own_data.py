@@ -18,9 +18,10 @@ from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.targets import check_test_records
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.fused import split_projections
-from cora_cli.models.loading import context_length, load_tokenizer
+from cora_cli.models.loading import context_length
 from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import build_skeleton
+from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.models.trained_on import say_unrecorded, trained_on
 from cora_cli.progress import say
 from cora_cli.records import read_run, template_date

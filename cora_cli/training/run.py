@@ -30,8 +30,9 @@ from cora_cli.errors import CoraError, is_lost_process, lost_process, reason
 from cora_cli.lock import own_directory
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
-from cora_cli.models.loading import save_model, save_tokenizer
+from cora_cli.models.loading import save_model
 from cora_cli.models.references import absolute
+from cora_cli.models.tokenizer import save_tokenizer
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_jsonl
 from cora_cli.records import LogLine, read_run, template_date, write_run, write_sealed

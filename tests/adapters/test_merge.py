@@ -26,8 +26,8 @@ from cora_cli.adapters.merge import merge_adapter, say_rounded_away
 from cora_cli.adapters.storage import load_adapter, save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError
-from cora_cli.models.loading import load_tokenizer
 from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.tokenizer import load_tokenizer
 from tests.adapters.helpers import copy_of, foreign, logits
 from tests.methods.helpers import plan_of
 

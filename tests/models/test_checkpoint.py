@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint
-from cora_cli.models.loading import load_configuration, load_model, load_tokenizer
+from cora_cli.models.loading import load_configuration, load_model
 from cora_cli.models.references import resolve_model
+from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.weights.sources import open_source
 from tests.weights.helpers import local, make_llama
 

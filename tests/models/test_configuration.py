@@ -34,9 +34,10 @@ from cora_cli.models.configuration import (
     rope_switch,
     route_as_evaluated,
 )
-from cora_cli.models.loading import context_length, load_model, load_tokenizer
+from cora_cli.models.loading import context_length, load_model
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.skeleton import build_skeleton, skeleton_of
+from cora_cli.models.tokenizer import load_tokenizer
 from tests.training.families import build
 
 LONGROPE = {

@@ -9,8 +9,8 @@ from transformers import dynamic_module_utils
 
 from cora_cli.errors import CoraError
 from cora_cli.models.configuration import load_configuration
-from cora_cli.models.loading import load_tokenizer, save_tokenizer
 from cora_cli.models.references import resolve_model
+from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
 
 NEEDED = "it needs Python code of its own, which cora runs with --trust-remote-code only"
 

@@ -16,8 +16,9 @@ from cora_cli.data.readers import read_located
 from cora_cli.errors import CoraError
 from cora_cli.models import loading
 from cora_cli.models.checkpoint import Checkpoint
-from cora_cli.models.loading import load_model, load_tokenizer
+from cora_cli.models.loading import load_model
 from cora_cli.models.references import EMBEDDED_MODEL, resolve_base, resolve_model
+from cora_cli.models.tokenizer import load_tokenizer
 
 
 def make(directory: Path, *names: str) -> Path:

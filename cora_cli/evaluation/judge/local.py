@@ -13,8 +13,9 @@ from cora_cli.evaluation.generate import end_tokens, say_left_out, transformers_
 from cora_cli.evaluation.judge.asking import Call, NoReply, Reply
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.limits import bounded
-from cora_cli.models.loading import context_length, load_model, load_tokenizer
+from cora_cli.models.loading import context_length, load_model
 from cora_cli.models.references import resolve_model
+from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.progress import say
 from cora_cli.settings import today
 

@@ -1,0 +1,164 @@
+"""Load and write tokenizers, and say where their files contradict each other or what transformers makes of them."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
+
+from cora_cli import writing
+from cora_cli.errors import CoraError, reason
+from cora_cli.models.configuration import load_configuration
+from cora_cli.models.references import ModelPath
+from cora_cli.progress import say
+from cora_cli.reading import read_json, read_text, refuse_pointer
+
+_OF_ALL_KINDS = "It's 1,234 or 2026: naïve café\n\n    def f(x):\treturn x + 10  # 中文 Привет 😀 DON'T"
+"""A text of what tokenizers split in different ways: numbers, apostrophes, white space, letters of several alphabets."""
+
+
+def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: ModelPath | None = None) -> Any:
+    """Load a model's tokenizer, with the chat template of `adapter` if its directory holds one but no tokenizer.
+
+    It gets no padding token that it does not have, since it is written next to merged models. Raises `CoraError` if the tokenizer cannot
+    be loaded or has no end token.
+    """
+    if trust_remote_code and (model.path / "config.json").exists():
+        # Transformers goes on without a configuration whose code the hub does not give, after long retries, which would follow again and again.
+        load_configuration(model, trust_remote_code)
+    # A chat template may be any text, and so may a vocabulary, which is not read where there is a tokenizer.json.
+    for file in model.tokenizer_files():
+        if file.suffix == ".jinja" or not (model.path / "tokenizer.json").exists():
+            refuse_pointer(file)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
+        tokenizer("")  # some of its settings are read only now; no letter, since it may know none but those of DNA
+    except Exception as error:  # unrelated types, as in `load_model`
+        for file in model.tokenizer_files():
+            refuse_pointer(file)
+        if (model.path / "config.json").exists():
+            load_configuration(model, trust_remote_code)  # which transformers reads to find the kind of tokenizer
+        if not model.vocabulary_files():
+            raise CoraError(
+                f"{model.reference} holds no tokenizer; copy the files of its tokenizer, such as tokenizer.json, into that directory"
+            ) from error
+        _refuse_sentencepiece(model)
+        raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
+    model.require_unchanged()
+    _say_other_templates(model, tokenizer)
+    if adapter is not None and not adapter.has_tokenizer and adapter.chat_template.is_file():
+        tokenizer.chat_template = read_text(adapter.chat_template)
+        adapter.require_unchanged()
+    templates = tokenizer.chat_template
+    for template in templates.values() if isinstance(templates, dict) else [templates or ""]:
+        if template.startswith("\ufeff"):
+            raise CoraError(
+                f"the chat template of {(adapter or model).reference} starts with a byte order mark, which it would write into every prompt; save "
+                "it as UTF-8 without one"
+            )
+    _say_special_tokens(model, tokenizer)
+    _say_other_tokens(model, tokenizer)
+    if tokenizer.eos_token_id is None:
+        stated = model.generation_config().get("eos_token_id")
+        known = stated if isinstance(stated, int) else tokenizer.sep_token_id
+        such = (
+            f", such as {json.dumps(tokenizer.convert_ids_to_tokens(known), ensure_ascii=False)}" if known is not None else ""
+        )
+        raise CoraError(
+            f"tokenizer of {model.reference} has no end-of-sequence token, so no answer would learn to stop; set eos_token in tokenizer_config.json to "
+            f"the token that ends its texts{such}"
+        )
+    return tokenizer
+
+
+def _refuse_sentencepiece(model: ModelPath) -> None:
+    """Raise `CoraError` for a tokenizer of SentencePiece whose packages are missing: transformers then takes the file for another kind's, and names the
+    package of that."""
+    # A file of tiktoken is text, whose first line is no empty one.
+    files = [file for file in model.tokenizer_files() if file.suffix == ".model" and file.read_bytes()[:1] == b"\n"]
+    if files and not (is_sentencepiece_available() and is_protobuf_available()):
+        raise CoraError(
+            f"tokenizer of {model.reference} cannot be loaded: {files[0].name} is one of SentencePiece, whose packages are not installed; install them with "
+            "`pip install sentencepiece protobuf`"
+        )
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write the files of a tokenizer, with its own code where it has some, so that `load_tokenizer` reads them."""
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    written = read_json(path, dict[str, Any])
+    own = written.get("auto_map")
+    if isinstance(own, dict) and isinstance(name := own.get("AutoTokenizer"), str):
+        # transformers writes one name, but reads those of a slow and of a fast tokenizer.
+        pair = [None, name] if tokenizer.is_fast else [name, None]
+        writing.write_json(path, {**written, "auto_map": {**own, "AutoTokenizer": pair}})
+
+
+def _say_special_tokens(model: ModelPath, tokenizer: Any) -> None:
+    """Say which special tokens two files of the tokenizer state differently, and which one is taken."""
+    paths = [model.path / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    if not all(path.exists() for path in paths):
+        return
+    stated = [read_json(path, dict[str, Any]) for path in paths]
+    for name in ("eos_token", "bos_token", "unk_token", "pad_token"):
+        one, other = (token.get("content") if isinstance(token := each.get(name), dict) else token for each in stated)
+        if None not in (one, other) and one != other:
+            say(
+                f"{model.reference}: {name} is {one!r} in {paths[0].name}, but {other!r} in {paths[1].name}; {getattr(tokenizer, name)!r} is used"
+            )
+
+
+def _say_other_tokens(model: ModelPath, tokenizer: Any) -> None:
+    """Say where a tokenizer gives other tokens than its tokenizer.json describes.
+
+    For some types of models transformers takes only the vocabulary from there, and splits text as the class of the type does.
+    """
+    path = model.path / "tokenizer.json"
+    if not tokenizer.is_fast or type(tokenizer) is PreTrainedTokenizerFast or not path.is_file():
+        return
+    described = Tokenizer.from_file(str(path))
+    described.no_truncation()
+    described.no_padding()
+    if described.encode(_OF_ALL_KINDS, add_special_tokens=False).ids != [
+        *tokenizer(_OF_ALL_KINDS, add_special_tokens=False)["input_ids"]
+    ]:
+        say(
+            f"{model.reference}: transformers splits text as its {type(tokenizer).__name__} does, into other tokens than tokenizer.json describes; "
+            "other programs, and other versions of transformers, may split it as that file says"
+        )
+
+
+def _named_templates(templates: list[Any], path: Path) -> dict[str, Any]:
+    """Chat templates by name, from a list of them. Raises `CoraError` for a name that occurs twice, of which transformers takes the last one."""
+    named = [(str(one.get("name")), one.get("template")) for one in templates if isinstance(one, dict)]
+    if repeated := next((name for name, count in Counter(name for name, _ in named).items() if count > 1), None):
+        raise CoraError(f"{path} has two chat templates of the name {repeated!r}; remove one of them")
+    return dict(named)
+
+
+def _say_other_templates(model: ModelPath, tokenizer: Any) -> None:
+    """Say where a file of the directory holds another chat template than the one that is taken: an older one, or one that only processors read."""
+    used = tokenizer.chat_template
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        path = model.path / name
+        stated = read_json(path) if path.exists() else None
+        other = stated.get("chat_template") if isinstance(stated, dict) else None
+        if isinstance(other, list):
+            other = _named_templates(other, path)
+        if (
+            not other
+            or not isinstance(other, str | dict)
+            or other in (used, used.get("default") if isinstance(used, dict) else None)
+        ):
+            continue
+        if used is None:
+            say(
+                f"{model.reference}: the chat template of {name} is for processors, so it is not used; copy its text to {model.chat_template.name}"
+            )
+        else:
+            taken = model.chat_template.name if model.chat_template.is_file() else "tokenizer_config.json"
+            say(f"{model.reference}: {name} holds another chat template than {taken}, which is used")
