@@ -5,72 +5,50 @@ This is the entry point of `cora ablate`; `cora report` reads the results.
 
 import dataclasses
 import fnmatch
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from cora_cli import writing
-from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
 from cora_cli.device import planned_hardware, select_hardware
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.execution.sandbox import require_sandbox
 from cora_cli.experiments.estimate import (
-    ESTIMATE_NOTE,
-    NO_TIME_NOTE,
-    Estimate,
     estimate_steps,
     matmul_rate,
     planned_rate,
-    seconds_of,
     steps_that_fit,
-    trained_parameters,
 )
 from cora_cli.experiments.execute import (
     Execution,
     Outcome,
     done_steps,
-    last_lines,
-    log_of,
     refuse_conflicts,
     write_plan,
 )
 from cora_cli.experiments.grid import Grid, load_grid
-from cora_cli.experiments.inputs import Inputs, ModelFacts, find_inputs, require_on_hub
+from cora_cli.experiments.inputs import Inputs, find_inputs, require_on_hub
 from cora_cli.experiments.launch import Launcher, LocalLauncher, free_gpu_bytes, visible_gpus
 from cora_cli.experiments.ledger import Ledger
-from cora_cli.experiments.rows import Row
-from cora_cli.experiments.screen import Screen, duration
+from cora_cli.experiments.plan_text import render_plan, summary
+from cora_cli.experiments.screen import Screen
+from cora_cli.experiments.shapes import check_shapes
 from cora_cli.experiments.slurm import SlurmLauncher, left_jobs
 from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.experiments.stage_work import stage_lines
 from cora_cli.experiments.stages import SeedsWanted, Stages, news, stage_record, to_run
-from cora_cli.experiments.steps import FOLDERS, Kind, Plan, make_plan
+from cora_cli.experiments.steps import FOLDERS, Plan, make_plan
 from cora_cli.experiments.trainings import (
     GridMemory,
     check_trainings,
     distinct_trainings,
     measure_memory,
-    memory_cell,
-    memory_notes,
-    volume_table,
 )
 from cora_cli.lock import own_directory
-from cora_cli.methods.registry import method_of
 from cora_cli.progress import say
-from cora_cli.render.table import Cell, table_text
 from cora_cli.settings import DtypeName
 
 _HASHES = "hashes.json"
-_NOUNS: dict[Kind, tuple[str, str]] = {
-    "model": ("fine-tune for the bases", "fine-tunes for the bases"),
-    "basis": ("basis", "bases"),
-    "proposal": ("proposal of a learning rate", "proposals of learning rates"),
-    "train": ("training run", "training runs"),
-    "laplace": ("Laplace approximation", "Laplace approximations"),
-    "evaluate": ("evaluation", "evaluations"),
-    "judge": ("judging", "judgings"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,150 +325,3 @@ def _chosen(request: Request, plan: Plan) -> list[str]:
             f"--only {request.only!r} matches none of the {len(names)} rows, such as {names[0]}; use * as a wildcard"
         )
     return chosen
-
-
-def check_shapes(grid: Grid, inputs: Inputs) -> None:
-    """Raise `CoraError` that lists every rank or `share` that does not fit the weights.
-
-    Models that are missing are not checked.
-    """
-    model = inputs.models.get(grid.model)
-    if model is None:
-        return
-    if not model.shapes:
-        raise CoraError(
-            f"{grid.model} is an adapter, but a grid needs a complete model as its base; create one with "
-            f"`cora merge {grid.model} -o DIR`"
-        )
-    problems = [f"{row.name}: {problem}" for row in grid.rows for problem in _shape_problems(row, grid, model, inputs)]
-    if problems:
-        raise CoraError("; ".join(problems))
-
-
-def _shape_problems(row: Row, grid: Grid, model: ModelFacts, inputs: Inputs) -> Iterator[str]:
-    names = (row.train or row.basis or {}).get("target_modules") or DEFAULT_TARGET_MODULES
-    targets = model.targets(names)
-    adapter = row.training.adapter_plan() if row.train is not None else None
-    if adapter is None and row.basis is None:
-        return
-    if lacking := [name for name in names if not model.targets((name,))]:
-        yield f"{grid.model} has no weight for target module {lacking[0]}; change target_modules"
-        return
-    choices = BasisChoices(**(row.basis or {}))
-    along, across = (1, 0) if choices.side == "input" else (0, 1)
-    lengths: tuple[int, ...] = (along,)
-    needed = row.basis_rank or 0
-    if adapter is not None and (sides := method_of(row.mode).bounded_sides(adapter)):
-        needed = max(needed, method_of(row.mode).b_width(adapter))
-        lengths = tuple(sorted({*lengths, *sides}))
-    most, narrowest, side = min((shape[side], module, side) for module, shape in targets.items() for side in lengths)
-    if needed > most:
-        what = ("rows", "columns")[side]
-        yield f"rank {needed} exceeds the {most} {what} of {narrowest}; use rank {most} or less"
-    for side in (along, across) if choices.merge == "mean" else (along,):
-        sizes = sorted({shape[side] for shape in targets.values()})
-        if choices.share in ("global", "layer") and len(sizes) > 1:
-            yield (
-                f"share {choices.share} needs weights with equal {('out', 'in')[side]}-dimensions, but those of {grid.model} are "
-                f"{', '.join(map(str, sizes))}; use share projection or module"
-            )
-    narrow = next((module for module, (out, inside) in targets.items() if out != inside), None)
-    if row.basis is not None and adapter is not None and choices.side == "input" and adapter.basis_side == "output" and narrow:
-        yield f"side input needs square weights in this mode, but {narrow} has the shape {targets[narrow]}; use side output"
-    for reference in (grid.models[source] for source in row.sources):
-        facts = inputs.models.get(reference) if isinstance(reference, str) else None
-        theirs = facts.targets(names) if facts else {}
-        if theirs and theirs != targets:
-            yield f"source model {reference} has other weight shapes than {grid.model}; use fine-tuned models of that base"
-
-
-def render_plan(
-    plan: Plan,
-    inputs: Inputs,
-    done: Mapping[str, bool],
-    estimates: Mapping[str, Estimate],
-    chosen: list[str],
-    machine: str,
-    memory: GridMemory,
-    width: int | None = None,
-) -> str:
-    """The plan as Markdown, whose table has lines of at most `width` characters."""
-    grid = plan.grid
-    model = inputs.models.get(grid.model)
-    rows, shown = [], set(chosen)
-    for row in grid.rows:
-        if row.name not in shown:
-            continue
-        trained = trained_parameters(row, model)
-        seconds = seconds_of(estimates, plan.steps_of[row.name])
-        rows.append(
-            [
-                row.name,
-                row.printed or "-",
-                "unknown" if trained is None else f"{trained:,}",
-                "unknown" if seconds is None else duration(seconds),
-                memory_cell(row, memory),
-                "done" if all(done[name] for name in plan.steps_of[row.name]) else "to do",
-            ]
-        )
-    wanted = plan.needed_for(chosen)
-    users = Counter(name for row in grid.rows for name in plan.needed_for([row.name]))
-    lines = [grid.title, f"base model {grid.model}, output in {plan.out}", ""]
-    lines += [f"- {condition}" for condition in grid.conditions]
-    headers = ("row", "printed as", "trained parameters", "time", "memory", "state")
-    lines += ["", table_text(headers, [list(map(Cell, row)) for row in rows], width), "", *volume_table(memory, width)]
-    lines += [
-        _step_line(plan, kind, wanted, users, done, estimates)
-        for kind in _NOUNS
-        if any(plan.steps[n].kind == kind for n in wanted)
-    ]
-    todo = [name for name in plan.steps if name in wanted and not done[name]]
-    total, left = (seconds_of(estimates, names) for names in (wanted, todo))
-    if not wanted:
-        lines.append("no steps: these rows run nothing")
-    elif total is not None and left is not None:
-        lines.append(
-            f"all steps: about {duration(total)} if run one at a time, of which {duration(left)} remain (this machine: {machine})"
-        )
-    if wanted:
-        note = (
-            f"{ESTIMATE_NOTE}; each row counts all of its steps, including shared ones, but not the fine-tunes behind its basis"
-            if machine
-            else NO_TIME_NOTE
-        )
-        lines.append(note)
-    lines += [
-        *memory_notes(plan, chosen, memory, estimates),
-        *(f"unresolved: {reference} ({reason})" for reference, reason in inputs.unresolved.items()),
-    ]
-    return "\n".join(lines)
-
-
-def _step_line(
-    plan: Plan,
-    kind: Kind,
-    wanted: set[str],
-    users: Mapping[str, int],
-    done: Mapping[str, bool],
-    estimates: Mapping[str, Estimate],
-) -> str:
-    names = [name for name in plan.steps if name in wanted and plan.steps[name].kind == kind]
-    shared = sum(users[name] > 1 for name in names)
-    seconds = seconds_of(estimates, names)
-    time = "" if seconds is None else f", about {duration(seconds)}"
-    finished = sum(done[name] for name in names)
-    noun = _NOUNS[kind][len(names) != 1]
-    return f"{len(names)} {noun}{f' ({shared} shared by several rows)' if shared else ''}{time}; {finished} done"
-
-
-def summary(plan: Plan, outcome: Outcome) -> str:
-    """How the grid ended, with the last lines of the log of each failed step."""
-    steps = "step" if len(outcome.completed) == 1 else "steps"
-    lines = [f"{len(outcome.completed)} {steps} completed, {len(outcome.up_to_date)} already up to date, in {plan.out}"]
-    if not outcome.completed and not outcome.failed and not outcome.blocked:
-        lines = [f"All {len(outcome.up_to_date)} steps are up to date. Results: {plan.out}"]
-    for name in outcome.failed:
-        log = log_of(plan, plan.steps[name])
-        lines += [f"{name} failed; last lines of {log}:", *(f"    {line}" for line in last_lines(log))]
-    lines += [f"{name} was skipped, because {culprit} failed" for name, culprit in outcome.blocked.items()]
-    return "\n".join(lines)

@@ -13,10 +13,10 @@ import pytest
 import cora_cli
 from cora_cli import writing
 from cora_cli.errors import CoraError
-from cora_cli.experiments.ablate import summary
 from cora_cli.experiments.estimate import Estimate, steps_that_fit
 from cora_cli.experiments.execute import Execution, Outcome, done_steps, refuse_conflicts, write_plan
 from cora_cli.experiments.launch import Job, LocalLauncher
+from cora_cli.experiments.plan_text import summary
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.steps import Plan, make_plan
 from cora_cli.lock import own_directory
