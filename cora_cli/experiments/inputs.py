@@ -28,8 +28,8 @@ from cora_cli.models.skeleton import skeleton_of
 from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.reading import read_json
 from cora_cli.records import KnownHash
+from cora_cli.weights.matrices import loaded_matrices
 from cora_cli.weights.planned import PlannedSource
-from cora_cli.weights.sources import loaded_matrices
 
 _HUB_SECONDS = 10.0
 

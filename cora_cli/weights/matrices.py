@@ -1,0 +1,136 @@
+"""The weight matrices of a language model as its loaded layers have them, and what keeps some of them from being read."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from cora_cli.errors import CoraError
+from cora_cli.models.checkpoint import Checkpoint, type_fault
+from cora_cli.models.fused import View, fused_views
+from cora_cli.models.references import ModelPath
+from cora_cli.models.skeleton import Skeleton, layer_of, other_modalities, shape_fault, skeleton_of, surplus_fault
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """The weight matrices of a loaded language model. The fields are those of `WeightSource`; `keys` has the name of each in the files, by module."""
+
+    keys: dict[str, str]
+    shapes: dict[str, tuple[int, int]]
+    transposed: frozenset[str]
+    faults: dict[str, str]
+    views: dict[str, View]
+    others: frozenset[str]
+    skipped: list[str]
+
+
+def loaded_matrices(model: ModelPath, checkpoint: Checkpoint) -> Matrices:
+    """What the files of a model hold, as its loaded layers have it.
+
+    A model that transformers does not know without code of its own keeps the names of its files, and has no views. Raises `CoraError`
+    where the configuration of one that it knows describes none, or one of a type that is no causal language model.
+    """
+    stored = _matrices(checkpoint)
+    names, transposed = {key: key for key in stored}, frozenset[str]()
+    shared: dict[str, list[str]] = {}
+    views: dict[str, View] = {}
+    others = frozenset[str]()
+    try:
+        skeleton = skeleton_of(model)
+    except CoraError:
+        if is_known(model.config()):
+            raise
+        faults = _faults_of_unknown(checkpoint)
+    else:
+        others = other_modalities(skeleton.model)
+        loaded = skeleton.loaded_names(stored).items()
+        faults = _faults(skeleton, checkpoint, others)
+        views, shared = fused_views(skeleton.model), skeleton.shared
+        names, transposed = (
+            {key: name for key, name in loaded if name.removesuffix(".weight") not in others},
+            skeleton.transposed,
+        )
+    own = {name: key for key, name in names.items()}
+    # Two that share a weight have their own where the files hold both.
+    together = {other: key for name, key in own.items() for other in shared.get(name, ())} | own
+    keys = {name.removesuffix(".weight"): key for name, key in together.items()}
+    shapes = {module: checkpoint.shapes[key] for module, key in keys.items()}
+    oriented = {module: (a, b) if module not in transposed else (b, a) for module, (a, b) in shapes.items()}
+    faults |= {name: faults[view.fused] for name, view in views.items() if view.fused in faults}
+    views = {name: view for name, view in views.items() if view.fused in keys}
+    skipped = sorted({*stored} - {*keys.values()})
+    return Matrices(keys, oriented | view_shapes(views, oriented), transposed, faults, views, others, skipped)
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether transformers itself would build the model: then only its skeleton says what its layers are called and how they store their weights."""
+    return not config.get("auto_map") and config.get("model_type") in CONFIG_MAPPING
+
+
+def view_shapes(views: Mapping[str, View], shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The shape (out, in) of each view; `shapes` has those of the fused projections."""
+    return {name: (view.layout.outputs_of(view.part), shapes[view.fused][1]) for name, view in views.items()}
+
+
+def _faults(skeleton: Skeleton, checkpoint: Checkpoint, others: frozenset[str]) -> dict[str, str]:
+    """What keeps the linear layers of a known model from being read."""
+    names = skeleton.names(checkpoint.shapes)
+    keys: dict[str, list[str]] = {}
+    for key, (name, _) in names.items():
+        keys.setdefault(name, []).append(key)
+    converted = {name for name, together in names.values() if together}
+    own = skeleton.model.state_dict()
+    shared = {name for key in keys for name in skeleton.shared.get(key, ())}
+    beside: dict[str, str] = {}
+    for name in keys.keys() - own.keys() - converted:
+        if (layer := layer_of(skeleton.model, name)) is not None:
+            beside[layer] = min(beside.get(layer, keys[name][0]), keys[name][0])
+    surplus = skeleton.surplus_layers(checkpoint.shapes)
+    left_out = [name.removesuffix(".weight") for name in keys if any(name.startswith(f"{layer}.") for layer in surplus)]
+    found = dict.fromkeys(left_out, surplus_fault(surplus)) if surplus else {}
+    for module, layer in skeleton.model.named_modules():
+        name = f"{module}.weight"
+        if not isinstance(layer, torch.nn.Linear | Conv1D) or module in others or name in converted:
+            continue
+        stored, expected = keys.get(name, []), tuple(own[name].shape)
+        if not stored and name not in shared:
+            rest = f", and its files hold {beside[module]}, which the model does not take" if module in beside else ""
+            found[module] = f"its files hold no weight for {module}, which its config.json describes as {expected}{rest}"
+        elif len(stored) > 1:
+            found[module] = f"{' and '.join(sorted(stored))} are both the weight of {module}; remove one of them"
+        elif stored and (fault := type_fault(checkpoint.types[stored[0]], stored[0])):
+            found[module] = fault
+        elif stored and (shape := checkpoint.shapes[stored[0]]) != expected:
+            found[module] = shape_fault(stored[0], shape, expected)
+        elif module in beside:
+            found[module] = _beside(module, beside[module])
+    return found
+
+
+def _faults_of_unknown(checkpoint: Checkpoint) -> dict[str, str]:
+    """What keeps weights from being read of a model whose configuration transformers does not know."""
+    found = {}
+    for key, shape in checkpoint.shapes.items():
+        if key.endswith(".weight") and (fault := type_fault(checkpoint.types[key], key)):
+            found[key.removesuffix(".weight")] = fault
+        elif key.endswith(".weight") and (len(shape) != 2 or 0 in shape):
+            found[key.removesuffix(".weight")] = f"{key} has the shape {shape}; a matrix of two dimensions is required"
+    for matrix in _matrices(checkpoint):
+        module = matrix.removesuffix(".weight")
+        known = {f"{module}.weight", f"{module}.bias"}
+        if extra := min((key for key in checkpoint.shapes if key.startswith(f"{module}.") and key not in known), default=None):
+            found.setdefault(module, _beside(module, extra))
+    return found
+
+
+def _beside(module: str, key: str) -> str:
+    return f"its files hold {key} next to the weight of {module}, which alone is not what that layer computes; merge it into the weight first"
+
+
+def _matrices(checkpoint: Checkpoint) -> list[str]:
+    """The keys of the weights with two dimensions."""
+    return [key for key, shape in checkpoint.shapes.items() if key.endswith(".weight") and len(shape) == 2]
