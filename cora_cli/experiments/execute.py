@@ -21,8 +21,9 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.later_seeds import seeds_before
 from cora_cli.experiments.launch import Job, Launcher
 from cora_cli.experiments.ledger import FINISHED, Ledger
+from cora_cli.experiments.plan_record import plan_record
 from cora_cli.experiments.screen import Screen
-from cora_cli.experiments.steps import COMMANDS, Plan, Step, plan_record
+from cora_cli.experiments.steps import COMMANDS, Plan, Step
 from cora_cli.records import PLAN, read_sealed, write_sealed
 
 _POLL_SECONDS = 0.1

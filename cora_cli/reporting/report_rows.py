@@ -10,7 +10,8 @@ from typing import Any
 from cora_cli import records
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ledger import Ledger
-from cora_cli.experiments.steps import Step, read_steps
+from cora_cli.experiments.plan_record import read_steps
+from cora_cli.experiments.steps import Step
 from cora_cli.reading import checked, number
 from cora_cli.records import PLAN, read_sealed
 from cora_cli.rundir import RunDirectory, evaluations_in

@@ -13,9 +13,10 @@ from cora_cli.experiments.estimate import trained_parameters
 from cora_cli.experiments.grid import Grid, build_grid, load_grid
 from cora_cli.experiments.inputs import Inputs, ModelFacts
 from cora_cli.experiments.paper import paper_tables
+from cora_cli.experiments.plan_record import plan_record
 from cora_cli.experiments.preset import small
 from cora_cli.experiments.shipped import find_grid, shipped_grids, write_copy
-from cora_cli.experiments.steps import make_plan, plan_record
+from cora_cli.experiments.steps import make_plan
 from cora_cli.experiments.tasks import TASKS
 from cora_cli.methods.registry import METHODS
 

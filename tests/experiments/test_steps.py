@@ -16,9 +16,10 @@ from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.experiments.estimate import estimate_steps, trained_parameters
 from cora_cli.experiments.execute import done_steps
 from cora_cli.experiments.inputs import data_key
+from cora_cli.experiments.plan_record import plan_record
 from cora_cli.experiments.plan_text import render_plan
 from cora_cli.experiments.shapes import check_shapes
-from cora_cli.experiments.steps import Plan, Step, make_plan, plan_record
+from cora_cli.experiments.steps import Plan, Step, make_plan
 from cora_cli.experiments.trainings import GridMemory
 from cora_cli.training.config import TrainConfig
 from tests.counting import assert_linear
