@@ -33,9 +33,10 @@ from cora_cli.inspection.rank_correlation import ENOUGH, LEAST, Correlation, Str
 from cora_cli.methods.registry import method_of
 from cora_cli.render.canvas import Palette, render, write_plots
 from cora_cli.render.markdown_table import markdown_table
-from cora_cli.reporting.collect import Result, collect
+from cora_cli.reporting.collect import collect
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import read_plan
+from cora_cli.reporting.results import Result
 from cora_cli.rundir import RunDirectory
 
 PREDICTORS = {

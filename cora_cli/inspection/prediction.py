@@ -22,11 +22,12 @@ from cora_cli.inspection.rank_correlation import rank_correlation
 from cora_cli.inspection.starts import start_of
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
-from cora_cli.reporting.collect import Result, collect
+from cora_cli.reporting.collect import collect
 from cora_cli.reporting.found import find_experiments
 from cora_cli.reporting.learning_rate_sweep import RatesByMethod, choose_learning_rates, rates_of
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import Row
+from cora_cli.reporting.results import Result
 from cora_cli.reporting.statistics import MethodResults
 from cora_cli.weights.sources import WeightSource
 

@@ -9,9 +9,9 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import LOWER_IS_BETTER
 from cora_cli.reading import read_jsonl
 from cora_cli.render.answers import Answer, AnswerSet, Prompt
-from cora_cli.reporting.collect import Judged, Result
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import clean
+from cora_cli.reporting.results import Judged, Result
 from cora_cli.reporting.summary import Group, Summary
 from cora_cli.rundir import EvaluationDirectory
 

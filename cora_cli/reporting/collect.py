@@ -10,116 +10,14 @@ from typing import Any
 
 from cora_cli import hashing, records, writing
 from cora_cli.errors import CoraError
-from cora_cli.evaluation.metrics import NAMES
-from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import ModelPath
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_jsonl
+from cora_cli.reporting.comparable import check_comparable
 from cora_cli.reporting.measures import LOSS, Measure, read_counts, read_evaluation, read_loss
 from cora_cli.reporting.report_rows import Experiment, Row, StepRecords, clean
+from cora_cli.reporting.results import Collection, Judged, Missing, Result
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Result:
-    """A finished row.
-
-    `measures` holds only what was measured. `record` is `run.json`, empty if nothing was trained. `generation` holds the settings of
-    generation, `log` the lines of `log.jsonl`. `references` is a hash of the evaluated records, None without an evaluation. `trained` is
-    the number of trained parameters, `adapter_bytes` the size of the weights on disk. `counts` holds what was counted in programs, `members` the `run.json` of each run behind an average.
-    """
-
-    row: Row
-    measures: dict[str, Measure]
-    record: dict[str, Any]
-    generation: dict[str, Any]
-    log: list[dict[str, Any]]
-    references: str | None
-    trained: int | None
-    adapter_bytes: int | None
-    counts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    members: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def starts_at_base(self) -> bool:
-        """Whether the held-out loss before training is the base model's; a base in 4 bits is another model."""
-        settings = self.record.get("fingerprint", {}).get("settings", {})
-        known = self.row.mode in METHODS and METHODS[self.row.mode].starts_at_base(self.record.get("plan") or {})
-        return known and not settings.get("load_in_4bit")
-
-    @property
-    def held_out_tokens(self) -> int:
-        """The tokens of the held-out records, of which a maximum length leaves out some."""
-        return int(self.record["data"]["test"]["tokens"]) if self.record else 0
-
-    @property
-    def untrained(self) -> bool:
-        """Whether the row's run took no step, so that no seed changes its model."""
-        return bool(self.record) and (self.record.get("is_base_model") or self.record.get("speed", {}).get("steps") == 0)
-
-    @property
-    def validation_loss(self) -> float | None:
-        """Loss on the validation records (nats per response token), which are set aside for choosing settings."""
-        validation = self.record.get("validation")
-        return float(validation["loss"]) if validation else None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Training tokens per second, including prompt tokens."""
-        speed = self.record.get("speed", {}).get("tokens_per_second")
-        return None if speed is None else float(speed)
-
-    @property
-    def peak_memory_bytes(self) -> int | None:
-        """Peak memory of the training process, or of its GPU, in bytes."""
-        return self.record.get("peak_memory_bytes")
-
-
-@dataclasses.dataclass(frozen=True)
-class Missing:
-    """A row that cannot be reported, or only the `part` of it that cannot, with the reason, and whether it is that the training diverged."""
-
-    row: Row
-    part: str
-    reason: str
-    diverged: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Judged:
-    """A `judge.json`, its directory, the paper's names of the systems that it judged, as far as they are rows with one, and the group of all
-    of them that are rows, None without any or with several.
-    """
-
-    record: dict[str, Any]
-    printed: dict[str, str]
-    place: JudgeDirectory
-    group: str | None = None
-
-
-def places_apart(judged: Sequence[Judged]) -> list[str]:
-    """The directory of each judging whose judge and group are those of another one, whose numbers it would have the names of; else nothing."""
-    names = [(one.record["judge"]["model"], one.group) for one in judged]
-    return [str(one.place.root) if names.count(name) > 1 else "" for one, name in zip(judged, names, strict=True)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Collection:
-    """The results, the missing rows and the judgments of one experiment."""
-
-    experiment: Experiment
-    results: list[Result]
-    missing: list[Missing]
-    judged: list[Judged] = dataclasses.field(default_factory=list)
-
-    @property
-    def diverged(self) -> tuple[Row, ...]:
-        """The rows whose training diverged, which says something about their learning rate."""
-        return tuple(entry.row for entry in self.missing if entry.diverged)
-
-
-_HELD_OUT = "held-out records"
-"""What the held-out loss was measured on, as `_check_comparable` names it."""
 
 
 def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Collection:
@@ -150,7 +48,7 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
     missing += [Missing(result.row, "run", "no measurements found") for result in results if _is_empty(result)]
     results = [result for result in results if not _is_empty(result)]
     for group in {result.row.group for result in results}:
-        _check_comparable([result for result in results if result.row.group == group])
+        check_comparable([result for result in results if result.row.group == group])
     return Collection(experiment, results, missing, _judged(experiment, rows, missing))
 
 
@@ -407,55 +305,3 @@ def _have_equal_templates(evaluated: Result, trained: Result) -> bool:
     dates = evaluated.generation.get("settings", {}).get("template_date"), data.get("template_date")
     names = evaluated.generation.get("template"), data.get("template")
     return all(None in pair or pair[0] == pair[1] for pair in (names, dates))
-
-
-def _check_comparable(results: list[Result]) -> None:
-    """Raise `CoraError` if two rows of a group were evaluated on different records or measured with different settings."""
-    for what in ("references", *NAMES, LOSS, _HELD_OUT):
-        first: tuple[Result, Any] | None = None
-        for result in results:
-            measure = result.measures.get(what)
-            if what == "references":
-                key: Any = result.references
-            elif what == LOSS:
-                key = None if measure is None else measure.statistics[:, 1].tolist()
-            elif what == _HELD_OUT:
-                # Different records can have as many tokens. Early versions did not record the hash.
-                key = result.record["data"].get("test_sha256") if result.record and LOSS in result.measures else None
-            else:
-                key = None if measure is None else measure.signature
-            if key is None:
-                continue
-            if first is None:
-                first = (result, key)
-            elif key != first[1]:
-                names = f"{first[0].row.name} and {result.row.name}"
-                if what in NAMES:
-                    raise CoraError(
-                        f"{names} measured {what} with different settings ({first[1]} and {key}); score both again with "
-                        "`cora evaluate --from`, or exclude it with --metrics"
-                    )
-                if what == "references":
-                    if first[0].generation["unordered_sha256"] == result.generation["unordered_sha256"]:
-                        raise CoraError(
-                            f"{names} have their records in another order, so they cannot be compared record by record; bring the lines of one "
-                            "predictions.jsonl into the order of the other, and score it with `cora evaluate --from`"
-                        )
-                    raise CoraError(
-                        f"{names} were evaluated on different records, so they cannot be compared; evaluate both on the same ones, or report "
-                        "them separately"
-                    )
-                raise CoraError(
-                    f"{names} measured their held-out loss on {_unlike_losses(first[0], result)}, so they cannot be compared; report them separately"
-                )
-
-
-def _unlike_losses(one: Result, other: Result) -> str:
-    """On what the held-out losses of two runs, which cannot be compared, were measured."""
-    held_out = {each.record.get("data", {}).get("test_sha256") for each in (one, other)}
-    sizes = [each.measures[LOSS].n for each in (one, other)]
-    if len(held_out) > 1 or None in held_out:
-        return "different records"
-    if sizes[0] != sizes[1]:
-        return f"{sizes[0]} and {sizes[1]} of equal records, as by another --eval-limit or --max-length"
-    return "different tokens of equal records, as by another --template or --max-length"

@@ -8,9 +8,9 @@ from typing import Any
 
 from cora_cli import hashing
 from cora_cli.methods.registry import METHODS
-from cora_cli.reporting.collect import Result
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import clean
+from cora_cli.reporting.results import Result
 from cora_cli.reporting.summary import Group, Summary
 
 _SHOWN = 6

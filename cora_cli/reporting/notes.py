@@ -9,11 +9,11 @@ from cora_cli.evaluation.metrics import build_metrics, scales
 from cora_cli.evaluation.shortcomings import KINDS
 from cora_cli.experiments.paper import paper
 from cora_cli.methods.registry import METHODS
-from cora_cli.reporting.collect import Result
 from cora_cli.reporting.comparison import Comparison, digits, title
 from cora_cli.reporting.learning_rate_sweep import AT_EDGE, UNSWEPT, VALIDATION, at_edge, deciding_seeds, eligible
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import clean
+from cora_cli.reporting.results import Result
 from cora_cli.reporting.statistics import EXAMPLES, SEEDS, MethodResults
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.training_conditions import differing_conditions

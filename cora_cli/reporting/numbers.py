@@ -26,11 +26,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from cora_cli.reporting.collect import Judged, places_apart
 from cora_cli.reporting.comparison import Comparison
 from cora_cli.reporting.judge_section import papers_scores
 from cora_cli.reporting.methods_section import methods_paragraphs
 from cora_cli.reporting.outcomes import Test
+from cora_cli.reporting.results import Judged, places_apart
 from cora_cli.reporting.summary import Group, Line, Summary
 from cora_cli.reporting.verdict import Verdict
 

@@ -17,11 +17,12 @@ from cora_cli.render.html import page
 from cora_cli.render.latex import latex
 from cora_cli.render.text import markdown, terminal
 from cora_cli.reporting.answers import answer_sets
-from cora_cli.reporting.collect import Missing, collect
+from cora_cli.reporting.collect import collect
 from cora_cli.reporting.found import find_experiments
 from cora_cli.reporting.numbers import to_csv, to_json
 from cora_cli.reporting.plots import draw_figures, draw_variance
 from cora_cli.reporting.report_document import build_document
+from cora_cli.reporting.results import Missing
 from cora_cli.reporting.summary import Summary, summarise
 from cora_cli.reporting.variance import read_spectra
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from cora_cli.render.canvas import Figure
 from cora_cli.render.document import Block, Heading, Items, Text
-from cora_cli.reporting.collect import places_apart
 from cora_cli.reporting.comparison import BASE
 from cora_cli.reporting.forest import FOREST
 from cora_cli.reporting.judge_section import judge_section
 from cora_cli.reporting.methods_section import methods_paragraphs
 from cora_cli.reporting.programs import program_tables
+from cora_cli.reporting.results import places_apart
 from cora_cli.reporting.summary import Group, Summary
 from cora_cli.reporting.tables import costs_table, scores_table, sweep_table, verdict_table
 

@@ -17,8 +17,8 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import LOWER_IS_BETTER
 from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.intervals import Interval
-from cora_cli.reporting.collect import Result
 from cora_cli.reporting.measures import LOSS, Measure, value_function
+from cora_cli.reporting.results import Result
 
 LEVEL = 0.05
 """Differences with a corrected p-value below this level count as shown."""

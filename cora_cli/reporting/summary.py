@@ -9,11 +9,11 @@ from typing import Any
 
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.experiments.paper import paper_row
-from cora_cli.reporting.collect import Collection, Result
 from cora_cli.reporting.learning_rate_sweep import VALIDATION, RatesByMethod, choose_learning_rates, rate_obstacle, rates_of
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import BETTER, decide
 from cora_cli.reporting.report_rows import Experiment, Row
+from cora_cli.reporting.results import Collection, Result
 from cora_cli.reporting.statistics import Estimate, MethodResults, compare, compute_estimates, group_methods, higher_is_better
 from cora_cli.reporting.verdict import Verdict, judge
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from cora_cli.reporting.collect import Result
 from cora_cli.reporting.report_rows import clean
+from cora_cli.reporting.results import Result
 
 _NEUTRAL = {
     "lr_schedule": None,

@@ -11,9 +11,9 @@ from cora_cli.evaluation.metrics import score_all
 from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.steps import Step
 from cora_cli.reading import read_json
-from cora_cli.reporting.collect import Result
 from cora_cli.reporting.measures import LOSS, Measure
 from cora_cli.reporting.report_rows import Row
+from cora_cli.reporting.results import Result
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.training.heldout import HeldOutLoss, loss_change
 

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-from cora_cli.reporting.collect import Collection
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.methods_section import methods_paragraphs
 from cora_cli.reporting.report_rows import Experiment
+from cora_cli.reporting.results import Collection
 from cora_cli.reporting.summary import summarise
 from tests.reporting.helpers import result
 

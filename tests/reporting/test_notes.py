@@ -12,10 +12,11 @@ from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.answers import answer_sets
-from cora_cli.reporting.collect import Collection, collect
+from cora_cli.reporting.collect import collect
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report import report
 from cora_cli.reporting.report_rows import Experiment, read_plan
+from cora_cli.reporting.results import Collection
 from cora_cli.reporting.summary import summarise
 from cora_cli.reporting.tables import scores_table
 from cora_cli.training.config import TrainConfig
