@@ -66,7 +66,7 @@ from cora_cli.evaluation.metrics.calibration import tokens_of
 from cora_cli.evaluation.processes import Processes, launched
 from cora_cli.evaluation.reference_tokens import add_reference_tokens, reference_examples, reference_tokens
 from cora_cli.evaluation.sampling import describe, streams
-from cora_cli.evaluation.scoring import Evaluation, score
+from cora_cli.evaluation.scoring import Evaluation, fetch_metrics, score
 from cora_cli.evaluation.targets import Target, TrainedPrompts, check_own_records, find_targets, trained_prompts
 from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.lock import own_directory
@@ -136,6 +136,7 @@ def _evaluate(config: EvaluateConfig, hardware: Hardware, processes: Processes) 
     targets = find_targets(config)
     adapters = [member.adapter for target in targets for member in target.members]
     check_basis(adapters, Path(config.basis) if config.basis else None)
+    fetch_metrics(config)
     trained = trained_prompts(targets)
     with contextlib.ExitStack() as held:
         for target in targets:

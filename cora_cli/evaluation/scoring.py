@@ -41,6 +41,21 @@ class Evaluation:
         return str(self.record["metrics"][name]["signature"])
 
 
+def fetch_metrics(config: EvaluateConfig) -> None:
+    """Fetch what the metrics of `config` read, so that a missing encoder ends the evaluation before answers are generated.
+
+    Raises `CoraError` if something cannot be found or downloaded.
+    """
+    metrics = build_metrics(
+        config.metric_names,
+        bertscore_model=config.bertscore_model,
+        bertscore_layer=config.bertscore_layer,
+        variant=config.metric_variant,
+    )
+    for metric in metrics.values():
+        metric.fetch()
+
+
 def score(
     config: EvaluateConfig,
     name: str,

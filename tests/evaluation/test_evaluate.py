@@ -80,6 +80,18 @@ def test_references_that_two_end_tokens_follow_are_not_said_to_be_changed(
     assert "that the tokenizer changes" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("encoder", "layer", "named"), [("no/such-encoder", 2, "no/such-encoder"), (None, None, "CORA_CACHE")])
+def test_a_metric_whose_encoder_or_word_list_cannot_be_had_ends_an_evaluation_before_anything_is_answered(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str | None, layer: int | None, named: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CORA_CACHE", str(tmp_path / "file"))
+    group = "bertscore" if encoder else "meteor"
+    with pytest.raises(CoraError, match=named):
+        evaluate_run(run, metrics=(group,), bertscore_model=encoder, bertscore_layer=layer)
+    assert not (run / "eval").exists()
+
+
 def test_the_default_place_is_eval_in_the_run_directory(run: Path) -> None:
     evaluate_run(run)
     assert {path.name for path in (run / "eval").iterdir()} == {

@@ -47,6 +47,9 @@ class Metric(ABC):
     def signature(self) -> str:
         """Everything that affects the value, as `name|key:value|...`."""
 
+    def fetch(self) -> None:  # noqa: B027 (most metrics read nothing)
+        """Fetch what the metric reads, such as an encoder. Raises `CoraError` if it cannot be found or downloaded."""
+
     blind_spot: str
     """What `unscorable` references have in common, to end a sentence with that begins "3 of 8 references"."""
 

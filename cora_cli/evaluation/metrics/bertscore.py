@@ -68,6 +68,10 @@ class BertScore(StreamingMetric):
     ) -> None:
         self._model, self._layer, self._device, self._as_evaluate = model, layer, device, as_evaluate
 
+    def fetch(self) -> None:
+        """See `Metric.fetch`: the encoder's files."""
+        _ = self._source
+
     @cached_property
     def _source(self) -> tuple[ModelPath, int]:
         if self._model is None or self._model == EMBEDDED_ENCODER:

@@ -72,6 +72,12 @@ class Meteor(Metric):
         "have no token for METEOR, or no spaces between words, so that a phrase counts as one: even a good answer may score 0"
     )
 
+    def fetch(self) -> None:
+        """See `Metric.fetch`: WordNet, and Punkt under `hf-evaluate`."""
+        embedded.wordnet_directory()
+        if self._as_evaluate:
+            embedded.punkt_directory()
+
     @cached_property
     def _wordnet(self) -> WordNetCorpusReader:
         return wordnet_reader(embedded.wordnet_directory())
