@@ -114,6 +114,8 @@ def _run(run: RunDirectory) -> Entry:
     status = record["status"]
     if status == "running" and not held:
         status = "interrupted"  # killed before it could say so
+    if status == "finished" and not all((run.result / name).is_file() for name in record.get("result_files") or ()):
+        status = "incomplete"  # such as without its weights
     heldout = record.get("heldout")
     # A Laplace approximation keeps the loss of the run that it was made of, and has none of its own.
     loss = f"loss {heldout['after']['loss']:.3f}" if heldout and "laplace" not in record else ""

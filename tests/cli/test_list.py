@@ -41,6 +41,18 @@ def test_a_laplace_approximation_is_listed_without_the_loss_of_its_run(folder):
     assert (entry.status, entry.result) == ("finished", "")
 
 
+def test_a_run_whose_weights_were_removed_is_listed_as_incomplete(folder):
+    path = next((folder / "grid/runs").glob("*lora*/run.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "result_files": {"adapter_model.safetensors": "0" * 64}}))
+    weights = path.parent / "adapter/adapter_model.safetensors"
+    weights.parent.mkdir(exist_ok=True)
+    for there, status in ((True, "finished"), (False, "incomplete")):
+        weights.write_bytes(b"")
+        if not there:
+            weights.unlink()
+        assert next(entry.status for entry in inventory(folder) if entry.path == path.parent) == status
+
+
 def test_a_run_with_another_start_than_its_modes_own_is_listed_as_in_a_report(folder):
     path = next((folder / "grid/runs").glob("*fb*/run.json"))
     record = json.loads(path.read_text())
