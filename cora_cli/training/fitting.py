@@ -15,9 +15,10 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.planning.page import fits
 from cora_cli.progress import say
 from cora_cli.scratch import temporary_directory
+from cora_cli.training.arguments import number_of_processes
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, Preflight, plan_run
-from cora_cli.training.prepare import Prepared, number_of_processes
+from cora_cli.training.prepare import Prepared
 from cora_cli.training.rough import rough_peak
 
 ROUGHLY = 0.4

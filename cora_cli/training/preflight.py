@@ -35,12 +35,13 @@ from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes, foll
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
 from cora_cli.scratch import temporary_directory
+from cora_cli.training.arguments import number_of_processes, total_steps, training_arguments
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.directory import refuse_occupied
 from cora_cli.training.heldout import row_losses
 from cora_cli.training.notices import notices_on_records
 from cora_cli.training.observe import gradients_taken, inputs_taken
-from cora_cli.training.prepare import Prepared, number_of_processes, prepare, total_steps, training_arguments
+from cora_cli.training.prepare import Prepared, prepare
 from cora_cli.training.probe import examples_of_proposal, require_alone
 from cora_cli.training.proposal import AUTO, EXAMPLES, VECTORS
 from cora_cli.training.rate import Rate, rate_of
@@ -224,7 +225,7 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: Wor
     # Without a device index, all tensors are a CPU's.
     hardware = dataclasses.replace(prepared.hardware, device=torch.device("cpu"))
     accumulation = min(2, config.gradient_accumulation)
-    arguments = training_arguments(config, dataclasses.replace(prepared, hardware=hardware), RunDirectory(place))
+    arguments = training_arguments(config, hardware, len(prepared.train.examples), RunDirectory(place))
     arguments.max_steps, arguments.gradient_accumulation_steps, arguments.report_to = 1, accumulation, []
     arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs, arguments.warmup_steps = "constant", None, 0
     sources = prepared.start_models.observed() if prepared.start_models else {}

@@ -24,11 +24,12 @@ from cora_cli.records import write_sealed
 from cora_cli.rundir import RunDirectory
 from cora_cli.scratch import temporary_directory
 from cora_cli.training import proposal
+from cora_cli.training.arguments import number_of_processes, training_arguments
 from cora_cli.training.assemble import assemble
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.curvature import Hessian, largest_eigenvalue
 from cora_cli.training.observe import mean_loss, tokens_hash, weight_gradients
-from cora_cli.training.prepare import Prepared, number_of_processes, prepare, training_arguments
+from cora_cli.training.prepare import Prepared, prepare
 from cora_cli.training.proposal import AUTO, proposal_from
 from cora_cli.training.record import first_record
 
@@ -69,7 +70,9 @@ def begin(config: TrainConfig, flag: str = "--probe") -> Start:
     with temporary_directory("probe") as place:
         # Nothing is written or resumed there.
         run = RunDirectory(place)
-        model, batching, observation = assemble(config, prepared, training_arguments(config, prepared, run), run)
+        model, batching, observation = assemble(
+            config, prepared, training_arguments(config, prepared.hardware, len(prepared.train.examples), run), run
+        )
     model.eval()
     record = first_record(config, prepared, prepared.fingerprint(config), model, batching, observation)
     return Start(config, prepared, model, batching.form, examples, record)

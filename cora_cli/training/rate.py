@@ -8,8 +8,9 @@ from cora_cli.errors import CoraError
 from cora_cli.models.references import absolute
 from cora_cli.records import read_run
 from cora_cli.rundir import RunDirectory
+from cora_cli.training.arguments import number_of_processes
 from cora_cli.training.config import TrainConfig
-from cora_cli.training.prepare import Prepared, number_of_processes
+from cora_cli.training.prepare import Prepared
 from cora_cli.training.record import FINISHED, fast_path
 
 

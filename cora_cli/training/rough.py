@@ -8,8 +8,9 @@ from typing import Any
 from cora_cli.adapters.install import target_linears
 from cora_cli.methods.registry import method_of
 from cora_cli.planning.four_bit import four_bit_bytes
+from cora_cli.training.arguments import number_of_processes
 from cora_cli.training.config import TrainConfig
-from cora_cli.training.prepare import Prepared, number_of_processes
+from cora_cli.training.prepare import Prepared
 from cora_cli.training.sharding import parts_of
 from cora_cli.training.work import Work, work_of
 

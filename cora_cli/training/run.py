@@ -37,13 +37,14 @@ from cora_cli.progress import progress, say
 from cora_cli.reading import read_jsonl
 from cora_cli.records import LogLine, read_run, template_date, write_run, write_sealed
 from cora_cli.rundir import RunDirectory
+from cora_cli.training.arguments import total_steps, training_arguments
 from cora_cli.training.assemble import assemble, barrier, share_start
 from cora_cli.training.checkpoints import checkpoint_to_resume, checkpoints_in, step_of
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.directory import difference, has_stopped_at, is_replaced, open_directory, refuse_occupied, write_start
 from cora_cli.training.fitting import fit_rows, out_of_memory
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
-from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
+from cora_cli.training.prepare import Prepared, prepare
 from cora_cli.training.probe import with_rate
 from cora_cli.training.proposal import AUTO
 from cora_cli.training.record import FAILED, FINISHED, INTERRUPTED, STOPPED, first_record, parameter_counts, peak_memory_bytes
@@ -81,7 +82,7 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
         say(
             f"the chat template writes the date into its prompts: {prepared.template.date}, here and in evaluations of this run"
         )
-    arguments = training_arguments(config, prepared, run)
+    arguments = training_arguments(config, prepared.hardware, len(prepared.train.examples), run)
     steps = total_steps(config, len(prepared.train.examples))
     main = arguments.process_index == 0
     fingerprint = prepared.fingerprint(config)

@@ -9,10 +9,11 @@ import torch
 from cora_cli.data.batches import BatchForm, Collator, epoch_order
 from cora_cli.data.encode import Example
 from cora_cli.models.configuration import rope_switch
+from cora_cli.training.arguments import number_of_processes, total_steps
 from cora_cli.training.batching import cannot_pack
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import rows_of
-from cora_cli.training.prepare import Prepared, number_of_processes, total_steps
+from cora_cli.training.prepare import Prepared
 
 EPOCHS = 200
 """Epochs that are searched for the largest micro-batch. In runs of more, the largest examples together stand for those of the others."""

@@ -8,9 +8,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from cora_cli.data.encode import Example
 from cora_cli.rundir import RunDirectory
+from cora_cli.training.arguments import training_arguments
 from cora_cli.training.assemble import assemble
 from cora_cli.training.curvature import Hessian, largest_eigenvalue
-from cora_cli.training.prepare import prepare, training_arguments
+from cora_cli.training.prepare import prepare
 from cora_cli.training.probe import largest_curvature, loss_hessian
 
 from .helpers import config_for
@@ -71,7 +72,9 @@ def tiny(tiny_model, tiny_data, tmp_path_factory):
     place = tmp_path_factory.mktemp("tiny")
     config = config_for(tiny_model, tiny_data, place / "run", mode="lora-fa", rank=1, target_modules=(LAYER,))
     prepared, run = prepare(config), RunDirectory(place / "run")
-    model, batching, _ = assemble(config, prepared, training_arguments(config, prepared, run), run)
+    model, batching, _ = assemble(
+        config, prepared, training_arguments(config, prepared.hardware, len(prepared.train.examples), run), run
+    )
     assert batching.form.kind == "packed"
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 
 from cora_cli.rundir import RunDirectory
+from cora_cli.training.arguments import training_arguments
 from cora_cli.training.assemble import assemble
-from cora_cli.training.prepare import prepare, training_arguments
+from cora_cli.training.prepare import prepare
 
 from .families import FAMILIES, build, measure
 from .helpers import config_for
@@ -52,7 +53,9 @@ def test_a_run_routes_as_its_evaluation_does(tiny_model: Path, tiny_data: Path, 
     AutoModelForCausalLM.from_config(settings).save_pretrained(model)
     config, run = config_for(model, tiny_data, tmp_path / "run"), RunDirectory(tmp_path / "run")
     prepared = prepare(config)
-    trained, *_ = assemble(config, prepared, training_arguments(config, prepared, run), run)
+    trained, *_ = assemble(
+        config, prepared, training_arguments(config, prepared.hardware, len(prepared.train.examples), run), run
+    )
     assert all(router.router_jitter_noise > 0 for router in trained.modules() if isinstance(router, PhimoeTopKRouter))
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():

@@ -19,9 +19,10 @@ from cora_cli.errors import CoraError
 from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import resolve_model
 from cora_cli.rundir import RunDirectory
+from cora_cli.training.arguments import training_arguments
 from cora_cli.training.assemble import assemble
 from cora_cli.training.config import TrainConfig
-from cora_cli.training.prepare import prepare, training_arguments
+from cora_cli.training.prepare import prepare
 from cora_cli.training.run import train
 
 from .helpers import config_for, log_lines, losses, record_of, settings_of
@@ -127,7 +128,9 @@ def test_frozen_weights_do_not_change_in_training(finished: Run, tmp_path: Path)
     if config.mode == "increlora":
         return  # nothing of it is frozen
     run, prepared = RunDirectory(tmp_path), prepare(config)
-    start, *_ = assemble(config, prepared, training_arguments(config, prepared, run), run)
+    start, *_ = assemble(
+        config, prepared, training_arguments(config, prepared.hardware, len(prepared.train.examples), run), run
+    )
     trained = {name for name, parameter in start.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     at_start = {name.replace(".default", ""): (name, tensor) for name, tensor in start.state_dict().items()}
     last = load_file(output / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")

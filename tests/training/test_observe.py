@@ -18,9 +18,10 @@ from cora_cli.data.batches import BatchForm
 from cora_cli.errors import CoraError
 from cora_cli.methods.registry import method_of
 from cora_cli.rundir import RunDirectory
+from cora_cli.training.arguments import training_arguments
 from cora_cli.training.assemble import assemble
 from cora_cli.training.observe import observe
-from cora_cli.training.prepare import prepare, training_arguments
+from cora_cli.training.prepare import prepare
 from cora_cli.training.run import train
 from tests.methods.helpers import plan_of
 
@@ -122,7 +123,9 @@ def test_packed_rows_give_the_same_start(prepared, tiny_model, tiny_data, tmp_pa
     config = config_for(tiny_model, tiny_data, tmp_path / "packed", mode="lora-one", start_examples=5)
     found = prepare(config)
     run = RunDirectory(tmp_path / "packed")
-    _, batching, observation = assemble(config, found, training_arguments(config, found, run), run)
+    _, batching, observation = assemble(
+        config, found, training_arguments(config, found.hardware, len(found.train.examples), run), run
+    )
     assert batching.form.kind == "packed"
     assert observation.layers == {}, "a run would hold its matrices to its end"
     single = looked_at(prepared, "gradient", SINGLE)
@@ -165,7 +168,7 @@ def test_the_time_of_a_start_is_that_of_its_decompositions_too(tiny_model, tiny_
     monkeypatch.setattr("cora_cli.training.assemble.time.monotonic", lambda: now[0])
     config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="lora-one", start_examples=2)
     run, found = RunDirectory(tmp_path / "run"), prepare(config)
-    _, _, observation = assemble(config, found, training_arguments(config, found, run), run)
+    _, _, observation = assemble(config, found, training_arguments(config, found.hardware, len(found.train.examples), run), run)
     assert observation.seconds == 600.0  # six layers
 
 

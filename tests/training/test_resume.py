@@ -305,7 +305,7 @@ def test_a_run_that_an_earlier_version_began_keeps_its_warm_up(tiny_model, tiny_
     output = tmp_path / "run"
     config = config_for(tiny_model, tiny_data, output, max_steps=7, warmup_ratio=0.2, save_steps=3)
     with monkeypatch.context() as earlier:
-        earlier.setattr("cora_cli.training.prepare.warmup_steps", lambda ratio, steps: int(ratio * steps))
+        earlier.setattr("cora_cli.training.arguments.warmup_steps", lambda ratio, steps: int(ratio * steps))
         train(config)
     expected = log_lines(output)
     record = record_of(output)

@@ -21,8 +21,8 @@ from cora_cli.data.split import load_split
 from cora_cli.data.templates import Template
 from cora_cli.methods.parts.starts import start_a
 from cora_cli.models.references import resolve_model
+from cora_cli.training.arguments import warmup_steps
 from cora_cli.training.config import TrainConfig
-from cora_cli.training.prepare import warmup_steps
 from cora_cli.training.run import train
 
 from .helpers import assert_b_is_basis, checkpoint_names, config_for, log_lines, losses, record_of
