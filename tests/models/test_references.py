@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from cora_cli import writing
 from cora_cli.data.readers import read_located
 from cora_cli.errors import CoraError
-from cora_cli.models import loading
+from cora_cli.models import tokenizer
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.loading import load_model
 from cora_cli.models.references import EMBEDDED_MODEL, resolve_base, resolve_model
@@ -415,7 +415,7 @@ def test_a_tokenizer_of_sentencepiece_alone_names_the_packages_that_it_needs(abs
     directory = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
     (directory / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     for name in ("sentencepiece", "protobuf"):
-        monkeypatch.setattr(loading, f"is_{name}_available", lambda name=name: name != absent)
+        monkeypatch.setattr(tokenizer, f"is_{name}_available", lambda name=name: name != absent)
     with pytest.raises(CoraError, match=r"tokenizer\.model is one of SentencePiece, .* `pip install sentencepiece protobuf`"):
         load_tokenizer(resolve_model(str(directory)))
 

@@ -119,6 +119,7 @@ def test_further_tests_of_mbpp_and_mbpp_plus_are_not_run_and_that_is_said(
     assert f"p.jsonl: 1 records also have a {column}, which is not run" in capsys.readouterr().err
 
 
+@needs_sandbox
 def test_predictions_without_tests_are_refused(tmp_path: Path):
     path = tmp_path / "predictions.jsonl"
     writing.write_jsonl(path, [{"prompt": "x", "reference": "y", "prediction": "z"}])
