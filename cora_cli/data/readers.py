@@ -21,6 +21,8 @@ from cora_cli.progress import say
 from cora_cli.reading import Malformed, decode_json, decoded, parse_json, read_bytes, read_text, refuse_pointer
 from cora_cli.writing import refuse_broken_link
 
+_AROUND_NAMES = '\ufeff" '
+"""What stands around a name in a header that is no longer the first row: the mark of a file's encoding, and quotes behind it."""
 HELD_OUT = "test"
 """The split that a data set of held-out records is, where it has several."""
 _TO_UTF8 = "; save it as UTF-8, or convert it: `iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW` does so for one of a Western European Windows"
@@ -258,7 +260,7 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
             unnamed = {place for place, name in enumerate(header) if not name.strip()}
             _check_header([name for place, name in enumerate(header) if place not in unnamed], where)
         else:
-            if row == header:
+            if [cell.strip(_AROUND_NAMES) for cell in row] == [name.strip(_AROUND_NAMES) for name in header]:
                 raise CoraError(f"{where}: the row repeats the header, as in files put one after the other; remove it")
             if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
                 raise CoraError(f"{where}: the row has {len(row)} columns, but the header has {len(header)}")

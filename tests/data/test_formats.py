@@ -158,6 +158,7 @@ def test_records_over_several_lines_are_sent_to_the_ending_json(opening, tmp_pat
             3,
             "the row repeats the header, as in files put one after the other",
         ),
+        ('"prompt","completion"\na,b\n\ufeff"prompt","completion"\nc,d\n', 3, "the row repeats the header"),
         ('prompt,completion\n"a\nb\nc",d\nlonely\n', 5, "the row has 1 columns"),
         ('prompt,completion\na,b\n\n\n"c\nd"\n', 5, "the row has 1 columns"),
         ('prompt,completion\na,b\nc,"never closed\nd,e\n', 3, "not valid CSV"),
