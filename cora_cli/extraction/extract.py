@@ -134,11 +134,8 @@ def extract_basis(
     for one, other in itertools.combinations(basis.sources, 2):
         if one.hash == other.hash:
             say(f"{one.reference} and {other.reference} hold the same weights there, which count twice")
-    for one in basis.sources:
-        if one.hash == basis.base_hash:
-            say(
-                f"{one.reference} holds the weights of the base there, so its change is zero, and it counts as a model all the same"
-            )
+    if subtracted is not None:
+        _say_unchanged(sources, subtracted, list(basis.modules))
     write_basis(output, basis)
     read = [*sources, *([base_source] if base_source else [])]
     return ExtractionSummary(
@@ -231,6 +228,29 @@ def _extract(
         layers=layers,
     )
     return basis, seconds
+
+
+def _say_unchanged(sources: Sequence[WeightSource], base: WeightSource, modules: Sequence[str]) -> None:
+    """Say which models left weights of `modules` as the base has them, as an adapter does that was trained on fewer layers."""
+    for source in sources:
+        same = [module for module in modules if _is_unchanged(source, base, module)]
+        there = (
+            "there"
+            if len(same) == len(modules)
+            else f"in {len(same)} of the {len(modules)} matrices, such as {same[0]}"
+            if same
+            else ""
+        )
+        if there:
+            say(
+                f"{source.reference} holds the weights of the base {there}, so its change is zero, and it counts as a model all the same"
+            )
+
+
+def _is_unchanged(source: WeightSource, base: WeightSource, module: str) -> bool:
+    """Whether a weight that was read is that of the base."""
+    rank = source.own_rank(module, base)
+    return rank == 0 if rank is not None else source.content_hash([module]) == base.content_hash([module])
 
 
 def _record(source: WeightSource, modules: dict[str, tuple[int, int]]) -> SourceRecord:

@@ -89,11 +89,13 @@ def merge_group(
     merged = merge_weights(group, sources, base, choices, device, advance)
     if merged is None:
         reasons = {
-            "delta": "either the models equal the base there (exclude it with --target-modules) or their differences cancel "
-            "(use --merge gram)",
+            "delta": "the models equal the base there (exclude it with --target-modules)",
             "weights": "all its weights are zero" if choices.method == "svd" else "all its columns are equal",
         }
-        raise CoraError(f"the merged matrix of group {group.name} is zero; {reasons[choices.source]}")
+        reason = reasons[choices.source]
+        if choices.source == "delta" and choices.merge == "mean":
+            reason = f"either {reason} or their differences cancel (use --merge gram)"
+        raise CoraError(f"the merged matrix of group {group.name} is zero; {reason}")
     return merged
 
 

@@ -85,6 +85,8 @@ def test_adapters_that_leave_a_target_alone_say_which_and_what_would_work(groupe
     with pytest.raises(CoraError, match=r"group model\.layers\.0\.self_attn\.k_proj is zero; .*--target-modules"):
         run([adapter], tmp_path / "b", base=grouped_models[0], source="delta")
     assert not (tmp_path / "b").exists()
+    with pytest.raises(CoraError, match=r"is zero; the models equal the base there \(exclude it with --target-modules\)$"):
+        run([adapter], tmp_path / "b", base=grouped_models[0], source="delta", merge="gram")
 
 
 def test_one_low_rank_adapter_is_refused_beyond_its_rank(grouped_models, tmp_path):
@@ -140,6 +142,24 @@ def test_a_model_with_the_weights_of_the_base_is_named_where_changes_are_merged(
     run([one, other], tmp_path / "delta.safetensors", base=one, source="delta")
     told = capfd.readouterr().err
     assert (f"{one} {said}" in told, f"{other} {said}" in told) == (True, False)
+
+
+def test_a_model_that_changed_some_of_the_weights_only_is_named_with_one_that_it_left(grouped_models, tmp_path, capfd):
+    base = grouped_models[0]
+    fewer = make_adapter(base, tmp_path / "fewer", target_modules=["q_proj", "v_proj"])
+    all_of_them = make_adapter(base, tmp_path / "all", target_modules=["q_proj", "k_proj", "v_proj"])
+    complete = shutil.copytree(base, tmp_path / "complete")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"] += 1
+    save_file(tensors, complete / "model.safetensors", metadata={"format": "pt"})
+    run([fewer, all_of_them, complete], tmp_path / "b.safetensors", base=base, source="delta", merge="gram", rank=2)
+    told = capfd.readouterr().err
+    for model, left in ((fewer, 2), (complete, 5)):
+        assert (
+            f"{model} holds the weights of the base in {left} of the 6 matrices, such as model.layers.0.self_attn.k_proj, so"
+            in told
+        )
+    assert f"{all_of_them} holds" not in told
 
 
 def test_a_model_with_damaged_weights_stops_the_command_and_leaves_nothing(grouped_models, tmp_path):
