@@ -145,6 +145,13 @@ def read_json(path: Path, shape: Any = Any) -> Any:
     return checked(value, shape, path)
 
 
+def read_foreign(path: Path, shape: Any) -> Any:
+    """As `read_json`, for a file of another program, of which there are no versions of ours."""
+    if fault := fault_of(value := read_json(path), shape):
+        raise CoraError(f"{path} is damaged: {fault}")
+    return value
+
+
 def read_jsonl(path: Path, shape: Any = Any, *, drop_partial_tail: bool = False) -> list[Any]:
     """Read one JSON document of `shape` per line, skipping blank lines.
 

@@ -27,6 +27,16 @@ HELD_OUT = "test"
 """The split that a data set of held-out records is, where it has several."""
 _TO_UTF8 = "; save it as UTF-8, or convert it: `iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW` does so for one of a Western European Windows"
 
+_OTHER_KINDS = {
+    b"\x1f\x8b": "a file of gzip: add .gz to its name",
+    b"\x28\xb5\x2f\xfd": "a file of zstd: add .zst to its name",
+    b"BZh": "a file of bzip2: add .bz2 to its name",
+    b"\xfd7zXZ": "a file of xz: add .xz to its name",
+    b"PAR1": "Parquet: give it the ending .parquet",
+    b"PK\x03\x04": "a workbook of Excel or another zip archive: save the table as CSV, or unpack the archive",
+}
+"""What a file is that begins so and is no text, with what helps."""
+
 
 def read_located(
     dataset: str, subset: str | None = None, split: str | None = None, usual: str = "train"
@@ -103,7 +113,8 @@ def _text(path: Path) -> str:
             return content.decode("utf-16")
         except UnicodeDecodeError as error:
             raise CoraError(f"{path} begins as UTF-16 text, but is none: {error.reason}; save it as UTF-8") from error
-    return decoded(content, path, _TO_UTF8).removeprefix("\ufeff")
+    kind = next((kind for begin, kind in _OTHER_KINDS.items() if content.startswith(begin)), None)
+    return decoded(content, path, f", but {kind}" if kind else _TO_UTF8).removeprefix("\ufeff")
 
 
 def _expanded(begin: Callable[[], Any]) -> Callable[[bytes], bytes]:

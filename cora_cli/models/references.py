@@ -16,7 +16,7 @@ from typing import Any
 from cora_cli import hashing, rundir, writing
 from cora_cli.environment import behind_hub_error, proxy_to_hub
 from cora_cli.errors import CoraError
-from cora_cli.reading import read_json
+from cora_cli.reading import read_foreign, read_json
 from cora_cli.records import AdapterConfig, GenerationConfig, ModelConfig, WeightIndex, read_sealed
 
 EMBEDDED_MODEL = "builtin:smollm2"
@@ -94,7 +94,7 @@ class ModelPath:
 
     def config(self) -> dict[str, Any]:
         """The model's `config.json`. Raises `CoraError` if it is missing or malformed."""
-        return read_json(self.path / "config.json", ModelConfig)
+        return read_foreign(self.path / "config.json", ModelConfig)
 
     def language_config(self) -> dict[str, Any]:
         """The entries of `config.json`, with those of a nested text model where the top level has none of that name."""
@@ -114,12 +114,12 @@ class ModelPath:
 
     def adapter_config(self) -> dict[str, Any]:
         """The adapter's `adapter_config.json`. Raises `CoraError` if it is missing or malformed."""
-        return read_json(self.path / "adapter_config.json", AdapterConfig)
+        return read_foreign(self.path / "adapter_config.json", AdapterConfig)
 
     def generation_config(self) -> dict[str, Any]:
         """The model's `generation_config.json`; empty if there is none. Raises `CoraError` if it is malformed."""
         path = self.path / "generation_config.json"
-        found: dict[str, Any] = read_json(path, GenerationConfig) if path.exists() else {}
+        found: dict[str, Any] = read_foreign(path, GenerationConfig) if path.exists() else {}
         return found
 
     @property
@@ -182,7 +182,9 @@ class ModelPath:
             if (self.path / single).exists():
                 return bool(self._named_files())
             if (self.path / index).exists():
-                return bool(self._named_files()) and isinstance(read_json(self.path / index, WeightIndex).get("metadata"), dict)
+                return bool(self._named_files()) and isinstance(
+                    read_foreign(self.path / index, WeightIndex).get("metadata"), dict
+                )
         return False
 
     def weight_index(self) -> dict[str, str]:
@@ -191,7 +193,7 @@ class ModelPath:
             if (self.path / single).exists():
                 return {}
             if (self.path / index).exists():
-                named: dict[str, str] = read_json(self.path / index, WeightIndex)["weight_map"]
+                named: dict[str, str] = read_foreign(self.path / index, WeightIndex)["weight_map"]
                 return named
         return {}
 
@@ -270,7 +272,7 @@ class ModelPath:
         """Raise `CoraError` where the complete files of an index stand next to a single file: a program saved one over the other."""
         if not (self.path / index).exists():
             return
-        parts = set(read_json(self.path / index, WeightIndex)["weight_map"].values())
+        parts = set(read_foreign(self.path / index, WeightIndex)["weight_map"].values())
         if single not in parts and all((self.path / name).exists() for name in parts):
             raise CoraError(
                 f"{self.path} holds the weights twice, in {single} and in the {len(parts)} files of {index}, and they may differ; remove one of "

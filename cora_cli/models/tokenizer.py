@@ -14,7 +14,7 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
 from cora_cli.progress import say
-from cora_cli.reading import read_json, read_text, refuse_pointer
+from cora_cli.reading import read_foreign, read_json, read_text, refuse_pointer
 
 _OF_ALL_KINDS = "It's 1,234 or 2026: naïve café\n\n    def f(x):\treturn x + 10  # 中文 Привет 😀 DON'T"
 """A text of what tokenizers split in different ways: numbers, apostrophes, white space, letters of several alphabets."""
@@ -90,7 +90,7 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Write the files of a tokenizer, with its own code where it has some, so that `load_tokenizer` reads them."""
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
-    written = read_json(path, dict[str, Any])
+    written = read_foreign(path, dict[str, Any])
     own = written.get("auto_map")
     if isinstance(own, dict) and isinstance(name := own.get("AutoTokenizer"), str):
         # transformers writes one name, but reads those of a slow and of a fast tokenizer.
@@ -103,7 +103,7 @@ def _say_special_tokens(model: ModelPath, tokenizer: Any) -> None:
     paths = [model.path / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
     if not all(path.exists() for path in paths):
         return
-    stated = [read_json(path, dict[str, Any]) for path in paths]
+    stated = [read_foreign(path, dict[str, Any]) for path in paths]
     for name in ("eos_token", "bos_token", "unk_token", "pad_token"):
         one, other = (token.get("content") if isinstance(token := each.get(name), dict) else token for each in stated)
         if None not in (one, other) and one != other:

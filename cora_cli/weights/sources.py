@@ -14,8 +14,9 @@ from cora_cli import hashing
 from cora_cli.adapters.base import base_of, check_base
 from cora_cli.basis.choices import is_target, match_targets, natural_order
 from cora_cli.errors import CoraError
-from cora_cli.models.checkpoint import Checkpoint, finite
+from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, finite
 from cora_cli.models.fused import VIEWS, Layout, View
+from cora_cli.models.quantized import kind_stated
 from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import skeleton_of
 from cora_cli.progress import say
@@ -162,8 +163,7 @@ class ModelSource(WeightSource):
         self.reference, self.revision = model.reference, model.revision
         self._model = model
         self.architecture = architecture_of(model.language_config())
-        if model.quantization():
-            raise CoraError(f"{model.reference} is stored quantised; use a copy with weights in bf16, fp16 or fp32")
+        _refuse_quantized(model)
         self._checkpoint = Checkpoint(model)
         self._digests: dict[str, str] = {}
         found = loaded_matrices(model, self._checkpoint)
@@ -328,6 +328,19 @@ class AdapterSource(WeightSource):
     def checkpoints(self) -> list[Checkpoint]:
         """See `WeightSource.checkpoints`; includes the base's if the adapter opened its base itself."""
         return [self._own.checkpoint, *(self.base.checkpoints if self._base_is_own else [])]
+
+
+def _refuse_quantized(model: ModelPath) -> None:
+    """Raise `CoraError` for a model whose configuration says that its weights are quantised, with what helps where its files hold plain ones."""
+    if (stated := kind_stated(model)) is None:
+        return
+    readable = all(file.suffix == ".safetensors" for file in model.weight_files())
+    if readable and all(kind in PLAIN_TYPES for kind in Checkpoint(model).types.values()):
+        raise CoraError(
+            f"config.json of {model.reference} says that its weights are quantised ({stated}), but its files hold plain ones; if they were merged or "
+            "converted, remove quantization_config from it"
+        )
+    raise CoraError(f"{model.reference} is stored quantised; use a copy with weights in bf16, fp16 or fp32")
 
 
 def _open_base(adapter: ModelPath) -> WeightSource:

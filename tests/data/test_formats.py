@@ -4,6 +4,7 @@ import gzip
 import inspect
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import pyarrow
@@ -230,6 +231,26 @@ def test_an_empty_or_damaged_file_of_a_format_that_cannot_be_empty_says_so(tmp_p
     latin = tmp_path / "a.csv"
     latin.write_bytes("prompt,completion\ncafé,b\n".encode("latin-1"))
     assert "a.csv is not UTF-8 text (byte 0xe9 in line 2); save it as UTF-8, or convert it: `iconv -f " in failure(latin)
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda file: file.write_bytes(gzip.compress(b"prompt,completion\n")), r"but a file of gzip: add \.gz to its name"),
+        (
+            lambda file: pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), file),
+            r"but Parquet: give it the ending \.parquet",
+        ),
+        (
+            lambda file: zipfile.ZipFile(file, "w").writestr("a", b"\xff"),
+            "but a workbook of Excel or another zip archive: save",
+        ),
+    ],
+)
+def test_a_file_of_another_kind_than_its_ending_says_is_called_what_it_is(write, said, tmp_path):
+    write(tmp_path / "a.csv")
+    with pytest.raises(CoraError, match=rf"a\.csv is not UTF-8 text \(byte 0x.. in line 1\), {said}"):
+        list(read_located(str(tmp_path / "a.csv")))
 
 
 @pytest.mark.parametrize(

@@ -619,8 +619,12 @@ def test_a_value_that_is_no_text_is_refused_by_the_name_that_its_column_has_in_t
 def test_a_column_of_images_or_functions_is_refused_where_it_holds_some(column, tmp_path):
     talk = {"messages": asked_and_said("q")}
     assert len(load_records(jsonl(tmp_path / "a.jsonl", {**talk, column: []}))[0]) == 1
-    with pytest.raises(CoraError, match=f"records of messages have no {column}, which would be missing in the prompt"):
+    refused = (
+        f"records of messages have no {column}, which would be missing in the prompt; leave .*: --columns messages=messages$"
+    )
+    with pytest.raises(CoraError, match=refused):
         load_records(jsonl(tmp_path / "b.jsonl", {**talk, column: ["x.png"]}))
+    assert len(load_records(jsonl(tmp_path / "b.jsonl", {**talk, column: ["x.png"]}), Choice(("messages=messages",)))[0]) == 1
 
 
 @pytest.mark.parametrize(

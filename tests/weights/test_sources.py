@@ -100,7 +100,13 @@ def test_integer_weights_are_refused(copy):
 
 def test_quantised_models_are_refused(copy):
     change_config(copy, quantization_config={"bits": 4})
-    with pytest.raises(CoraError, match="quantised"):
+    with pytest.raises(
+        CoraError,
+        match=r"quantised, 4 bits\), but its files hold plain ones; if they were merged .*, remove quantization_config",
+    ):
+        open_source(local(copy))
+    change_tensors(copy, lambda tensors: {**tensors, f"{Q0}.weight": torch.ones(16, 16, dtype=torch.uint8)})
+    with pytest.raises(CoraError, match="copy is stored quantised; use a copy with weights in bf16"):
         open_source(local(copy))
 
 
@@ -304,7 +310,7 @@ def test_weights_without_the_usual_name_or_an_index_are_read_by_all(copy, square
     ("text", "said"),
     [
         ("{", "is not valid JSON"),
-        ('{"eos_token_id": "2"}', 'eos_token_id must be an integer or a list or null, not "2"'),
+        ('{"eos_token_id": "2"}', 'is damaged: eos_token_id must be an integer or a list or null, not "2"'),
         ('{"eos_token_id": [2, true]}', "must be an integer, not true"),
         ('{"temperature": "hot"}', "temperature must be a finite number or null"),
         ("[]", "must be a JSON object"),

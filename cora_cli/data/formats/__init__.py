@@ -12,7 +12,7 @@ from cora_cli.data.formats.columns import HOW_TO_CHOOSE
 from cora_cli.data.formats.conversation import ROLES
 from cora_cli.data.formats.dolly import DOLLY
 from cora_cli.data.formats.messages import MESSAGES
-from cora_cli.data.formats.preference import advice_for_preferences, lacks_answer
+from cora_cli.data.formats.preference import advice_for_preferences, choice_of, lacks_answer
 from cora_cli.data.formats.prompt import COMPLETION, RESPONSE, holds_messages
 from cora_cli.data.formats.published_code import HUMANEVAL, MBPP, MBPP_SANITIZED
 from cora_cli.data.formats.question_answer import QUESTION_ANSWER
@@ -103,9 +103,13 @@ def read_record(raw: Any, shape: Shape, where: str) -> Record:
     if extra := sorted(columns & shape.excluded):
         raise CoraError(f"{where}: records of {shape.name} have no {', '.join(extra)}; {HOW_TO_CHOOSE}")
     if shape not in PUBLISHED and (parts := shape.unread_parts(raw)):
+        remedy = (
+            f"leave such records out, or train without it: --columns {choice_of(shape, raw)}"
+            if shape.schema == "messages"
+            else f"write the records as messages, or {HOW_TO_CHOOSE}"
+        )
         raise CoraError(
-            f"{where}: records of {shape.name} have no {', '.join(parts)}, which would be missing in the prompt; write the records as messages, or "
-            f"{HOW_TO_CHOOSE}"
+            f"{where}: records of {shape.name} have no {', '.join(parts)}, which would be missing in the prompt; {remedy}"
         )
     return _checked(shape.read(raw, where), shape, raw, where)
 

@@ -68,7 +68,7 @@ def refuse_unwanted(located: Sequence[tuple[str, Any]], shape: Shape) -> None:
         could_be_wanted = is_pair and all(mark in (0, 1, None) for _, _, mark in marks)
         for where, record, mark in marks:
             answer = "answer" if len(shape.needs) == 1 else shape.needs[1]
-            remedy = f"train on all of them with --columns {_choice(shape, record)}"
+            remedy = f"train on all of them with --columns {choice_of(shape, record)}"
             if mark is False:
                 raise CoraError(
                     f"{where}: the {name} is false, by which preference data mark the {answer} as rejected; leave such records out, or {remedy}"
@@ -93,7 +93,7 @@ def _mark(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _choice(shape: Shape, record: Raw) -> str:
+def choice_of(shape: Shape, record: Raw) -> str:
     """The columns of a shape as a user names them."""
     if len(shape.needs) == 1:
         return f"{shape.schema}={shape.needs[0]}"
