@@ -5,6 +5,7 @@ They show the numbers of the tables; only what an axis needs is computed here.
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -151,12 +152,16 @@ def _against(
         if place >= len(measures):
             ax.axis("off")
             continue
-        for label, lines in series.items():
+        drawn: Counter[str] = Counter()
+        for name, lines in series.items():
             known = [line for line in lines if measures[place] in line.estimates]
             xs = [getattr(line.method.first.row, attribute) for line in known]
             found = [line.estimates[measures[place]] for line in known]
-            color = palette.color(label)
-            ax.plot(xs, [e.value for e in found], marker=palette.marker(label), markersize=4, color=color, label=label)
+            label = lines[0].method.first.row.label
+            color, style = palette.color(label), _LINES[drawn[label] % len(_LINES)]
+            drawn[label] += 1
+            marker = palette.marker(label)
+            ax.plot(xs, [e.value for e in found], style, marker=marker, markersize=4, color=color, label=name)
             ax.fill_between(xs, [e.low for e in found], [e.high for e in found], color=color, alpha=0.12, linewidth=0)
         ax.set_ylim(
             *_limits(
@@ -258,16 +263,22 @@ def side_by_side(sizes: Sequence[int]) -> tuple[list[float], list[tuple[float, i
 
 
 def _series(group: Group, attribute: str) -> dict[str, list[Line]]:
-    """Lines by label, for labels with several values of the attribute, sorted by that value. All else is equal in a grid."""
-    found: dict[str, list[Line]] = {}
+    """Lines by name, for labels with several values of the attribute, sorted by that value. Of rank and number of models, only the attribute changes
+    along a line; all else is equal in a grid.
+    """
+    other, symbol = {"rank": ("n_models", "n"), "n_models": ("rank", "r")}[attribute]
+    found: dict[tuple[str, int | None], list[Line]] = {}
     for line in group.chosen:
-        if getattr(line.method.first.row, attribute) is not None:
-            found.setdefault(line.method.first.row.label, []).append(line)
+        row = line.method.first.row
+        if getattr(row, attribute) is not None:
+            found.setdefault((row.label, getattr(row, other)), []).append(line)
+    labels = Counter(label for label, _ in found)
     several = {}
-    for label, lines in found.items():
+    for (label, fixed), lines in found.items():
         values = [getattr(line.method.first.row, attribute) for line in lines]
         if len(set(values)) > 1 and len(set(values)) == len(values):
-            several[label] = sorted(lines, key=lambda line: getattr(line.method.first.row, attribute))
+            name = label if labels[label] == 1 or fixed is None else f"{label} {symbol}={fixed}"
+            several[name] = sorted(lines, key=lambda line: getattr(line.method.first.row, attribute))
     return several
 
 

@@ -124,6 +124,21 @@ def test_every_format_and_every_plot_is_written(written):
     assert names == {f"1-{name}.{kind}" for name in ("forest", "loss", "by-rank", "bars", "pareto") for kind in ("svg", "png")}
 
 
+@pytest.mark.parametrize(
+    ("methods", "drawn"),
+    [
+        ([(4, 1), (8, 2)], {}),
+        ([(4, 1), (8, 1)], {"1-by-rank": ["fb"]}),
+        ([(4, 1), (8, 1), (4, 2), (8, 2)], {"1-by-number-of-models": ["fb r=4", "fb r=8"], "1-by-rank": ["fb n=1", "fb n=2"]}),
+    ],
+)
+def test_along_a_line_of_a_plot_rank_and_number_of_models_do_not_both_change(methods, drawn, tmp_path):
+    rows = [Made("fb", "fb", rank=rank, n_models=count) for rank, count in methods]
+    report([str(make_grid(tmp_path / "grid", rows))], output_dir=tmp_path / "report")
+    plots = {path.stem: path.read_text() for path in sorted((tmp_path / "report" / "plots").glob("1-by-*.svg"))}
+    assert {name: re.findall(r">(fb(?: [nr]=[0-9])?)<", text) for name, text in plots.items()} == drawn
+
+
 def test_the_papers_number_stands_beside_ours(written):
     text = (written / "report.txt").read_text()
     line = next(line for line in text.splitlines() if "CoRA_code_FB_16" in line)
