@@ -212,11 +212,14 @@ def say_left_out(model: ModelPath) -> None:
 
 
 def end_tokens(own: int | list[int] | None, ends: Collection[int]) -> list[int]:
-    """Ids that end an answer: the template's `ends`, and the model's `own` from its generation configuration."""
+    """Ids that end an answer: the template's `ends`, and the model's `own` from its generation configuration.
+
+    Those that no token can have, such as -1, end nothing; tokenizers fail on them.
+    """
     listed = own if isinstance(own, list) else [own] if own is not None else []
     if wrong := next((one for one in listed if isinstance(one, bool) or not isinstance(one, int)), None):
         raise CoraError(f"the model's generation_config.json has an eos_token_id that is no token id: {wrong!r}")
-    return sorted({*ends, *listed})
+    return sorted({*ends, *(one for one in listed if 0 <= one < 2**31)})
 
 
 def _earlier_lines(path: Path) -> dict[int, dict[str, Any]]:

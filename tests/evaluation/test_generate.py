@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from cora_cli import embedded, writing
+from cora_cli.data.templates import Template
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.decode import PooledDecoder
 from cora_cli.evaluation.generate import BatchedGenerate, Engine, Request, _answer, end_tokens, generate, transformers_engine
@@ -288,6 +289,14 @@ def test_an_answer_that_continues_a_function_keeps_its_indentation():
 def test_an_end_token_that_is_no_id_is_refused(own):
     with pytest.raises(CoraError, match="eos_token_id that is no token id"):
         end_tokens(own, {1})
+
+
+@pytest.mark.parametrize("own", [-1, [2, -1], [2, 2**40]])
+def test_an_end_token_that_no_tokenizer_can_hold_ends_nothing(own):
+    tokenizer = AutoTokenizer.from_pretrained(embedded.model_directory())
+    ends = end_tokens(own, {2})
+    assert ends == [2]
+    assert Template("plain", "prompt", tokenizer).without_end("an answer", ends) == "an answer"
 
 
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
