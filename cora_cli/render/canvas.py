@@ -6,6 +6,7 @@ The colours are those of Okabe and Ito, which colour-blind readers can distingui
 import dataclasses
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,12 +87,18 @@ def _canvas(size: tuple[float, float]) -> Iterator[Any]:
 
 
 def render(name: str, heading: str, caption: str, draw: Callable[[Any], None], size: tuple[float, float]) -> Figure:
-    """Call `draw` on an empty canvas of `size` inches (width, height) and return the figure."""
-    with _canvas(size) as figure:
+    """Call `draw` on an empty canvas of `size` inches (width, height) and return the figure.
+
+    Names come from files too, and the one font that comes with matplotlib has no Chinese characters; the caption says so in place of its warnings.
+    """
+    with _canvas(size) as figure, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         draw(figure)
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
         figure.savefig(png, format="png", dpi=200, metadata={"Software": None}, facecolor="white")
+    if any("missing from font" in str(warning.message) for warning in said):
+        caption = f"{caption} The PNG has boxes for characters that matplotlib's font lacks; the SVG has the characters."
     return Figure(name, heading, caption, _inline(svg.getvalue(), name), png.getvalue())
 
 
