@@ -34,7 +34,8 @@ from cora_cli.progress import say
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """A model ready to generate: its context length in tokens, the rows of its embedding, its end-token ids, and a function from
-    prompts to an engine. `not_merged` says why the adapter was not merged although that was wanted. `model` is None with vLLM."""
+    prompts to an engine. `not_merged` says why the adapter was not merged although that was wanted, `rounded_away` which share of its change the
+    merged weights lost, if much. `model` is None with vLLM."""
 
     context: int
     rows: int
@@ -42,6 +43,7 @@ class Backend:
     start: Callable[[Sequence[Tokens]], Engine]
     not_merged: str | None = None
     model: Any = None
+    rounded_away: float | None = None
 
 
 def sampling_of(config: EvaluateConfig) -> Sampling | None:
@@ -59,9 +61,11 @@ def open_transformers(
     loaded: list[Any] = []
     kinds: list[Any] = []
     not_merged = None
+    lost: list[float] = []
     for member in target.members:
-        model, reason = _load(config, member, hardware)
+        model, reason, share = _load(config, member, hardware)
         not_merged = not_merged or reason
+        lost += [] if share is None else [share]
         if target.others or member.draws:
             model = _member(model, member)
         if loaded:
@@ -93,11 +97,12 @@ def open_transformers(
         ),
         not_merged,
         model,
+        max(lost, default=None),
     )
 
 
-def _load(config: EvaluateConfig, target: Target, hardware: Hardware) -> tuple[Any, str | None]:
-    """The model of one member, and why its adapter was not merged although that was wanted."""
+def _load(config: EvaluateConfig, target: Target, hardware: Hardware) -> tuple[Any, str | None, float | None]:
+    """The model of one member, why its adapter was not merged although that was wanted, and the share of its change that merging lost, if much."""
     adapter = target.adapter
 
     def load() -> Any:
@@ -107,15 +112,15 @@ def _load(config: EvaluateConfig, target: Target, hardware: Hardware) -> tuple[A
 
     model = load()
     if adapter is None or not config.merge or target.draws:
-        return model, None
+        return model, None, None
     try:
-        say_rounded_away(model, adapter)
-        return merged_into_base(model, adapter), None
+        lost = say_rounded_away(model, adapter)
+        return merged_into_base(model, adapter), None, lost
     except CannotMerge as error:
         say(f"{adapter.reference} is evaluated without merging it, which is slower: {error.reason}")
         reason = error.reason
     del model  # some of its layers may be merged already
-    return load(), reason
+    return load(), reason, None
 
 
 def _member(model: Any, target: Target) -> Any:

@@ -367,6 +367,7 @@ def _answer(
             **({"dataset": other, **_chosen(config)} if (other := target.other_dataset(records)) else {}),
             **({"prompts_trained_on": also_trained} if also_trained else {}),
             **({"not_merged": backend.not_merged} if backend.not_merged else {}),
+            **({"rounded_away": backend.rounded_away} if backend.rounded_away is not None else {}),
             "predictions_sha256": hashing.sha256_file(out.predictions),
             **speed,
             **({"processes": processes.count} if processes.count > 1 else {}),

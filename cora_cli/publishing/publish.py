@@ -100,6 +100,8 @@ def _conditions(folder: str, generation: Mapping[str, Any], run: RunDirectory, r
         )
     if (decoding := settings.get("decoding", "greedy")) != "greedy":
         found.append(f"{folder}: its answers were {decoding}; of several, text metrics score the first.")
+    if (lost := generation.get("rounded_away")) is not None:
+        found.append(f"{folder}: its answers are of merged weights, where rounding lost {lost:.0%} of the adapter's change.")
     if (template := generation.get("template")) not in (None, trained := record["data"]["template"]):
         found.append(f"{folder}: its prompts have the template {template}, those of the training {trained}.")
     return found

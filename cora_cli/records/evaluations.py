@@ -15,7 +15,8 @@ _TOKENS = "reference_tokens"
 
 
 class Generation(TypedDict):
-    """`generation.json`; `template` is the one that `auto` in the settings became, `dataset` has the records where no run held them out."""
+    """`generation.json`; `template` is the one that `auto` in the settings became, `dataset` has the records where no run held them out,
+    `rounded_away` is the share (0-1) of an adapter's change that merging it lost, if much."""
 
     name: str
     sha256: NotRequired[str]
@@ -29,6 +30,7 @@ class Generation(TypedDict):
     split: NotRequired[str]
     prompts_trained_on: NotRequired[int]
     not_merged: NotRequired[str]
+    rounded_away: NotRequired[float]
     engine: NotRequired[str]
     new_tokens: NotRequired[int]
     seconds: NotRequired[float]
@@ -46,6 +48,7 @@ class UsedGeneration(TypedDict):
     subset: NotRequired[str]
     split: NotRequired[str]
     prompts_trained_on: NotRequired[int]
+    rounded_away: NotRequired[float]
 
 
 class Sample(TypedDict):

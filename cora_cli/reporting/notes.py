@@ -210,7 +210,18 @@ def _answer_notes(group: Group) -> list[str]:
         notes.append(
             f"The answers were generated with different settings, from which differences between rows may come: {'; '.join(differing)}.{means}"
         )
-    return notes + _shortcoming_notes(group)
+    return notes + _rounding_notes(group) + _shortcoming_notes(group)
+
+
+def _rounding_notes(group: Group) -> list[str]:
+    """A sentence on the rows whose answers are of merged weights that lost much of what was trained, which the held-out loss has in full."""
+    found = []
+    for line in group.chosen:
+        lost = [share for result in line.method.results if (share := result.generation.get("rounded_away")) is not None]
+        few = f" in {len(lost)} of {len(line.method.results)} runs" if len(lost) < len(line.method.results) else ""
+        found += [f"{line.title} {max(lost):.0%}{few}"] if lost else []
+    said = "Answers of merged weights, where rounding lost much of the adapter's change, unlike in the held-out loss (--dtype fp32 or --no-merge keeps it)"
+    return [f"{said}: {'; '.join(found)}."] if found else []
 
 
 def _unlike_answers(results: Sequence[Result]) -> dict[str, list[str]]:

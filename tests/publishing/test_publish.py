@@ -124,6 +124,20 @@ def test_the_card_says_which_scores_are_of_a_lower_rank_or_of_draws(tiny_model: 
     assert "eval: its scores are those of probabilities averaged over 3 draws of the weights, not of their mean." in texts[1]
 
 
+def test_the_card_says_which_answers_are_of_weights_that_lost_the_change_by_rounding(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    train(config_for(tiny_model, tiny_data, tmp_path / "run", learning_rate=1e-6))
+    for name, settings in {"eval": {}, "apart": {"merge": False}, "exact": {"dtype": "fp32"}}.items():
+        evaluate_run(
+            tmp_path / "run", output_dir=str(tmp_path / "run" / name), **{"dtype": "bf16", "metrics": ("rouge1",), **settings}
+        )
+    text = files_of(RunDirectory(tmp_path / "run"), "org/name")["README.md"].decode()
+    assert re.findall(
+        r"^(\w+): its answers are of merged weights, where rounding lost \d+% of the adapter's change\.", text, re.M
+    ) == ["eval"]
+
+
 def written(run: Path, there: Path) -> Path:
     """The published files of a run, in a folder."""
     for name, content in files_of(RunDirectory(run), "org/name").items():

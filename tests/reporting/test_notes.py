@@ -58,6 +58,18 @@ def test_seeds_whose_answers_average_other_numbers_of_draws_are_not_pooled_witho
     assert "The means over seeds mix them: scalabl r=4." in text
 
 
+def test_answers_of_merged_weights_that_lost_much_of_the_change_are_named_under_the_table(tmp_path):
+    rows = [Made("lora", "lora", seed) for seed in (0, 1)]
+    grid = make_grid(tmp_path / "grid", [*rows, Made("fb", "fb")], prompts=6)
+    assert "rounding lost" not in report([str(grid)])
+    metrics = next(path for path in sorted(grid.rglob("metrics.json")) if "lora" in str(path))
+    record = read_json(metrics)
+    writing.write_json(metrics, {**record, "generation": {**record["generation"], "rounded_away": 0.85}})
+    text = " ".join(report([str(grid)]).split())
+    assert "Answers of merged weights, where rounding lost much of the adapter's change, unlike in the held-out loss" in text
+    assert "keeps it): lora r=4 85% in 1 of 2 runs." in text
+
+
 def test_answers_to_another_prompt_than_the_one_shown_say_so(tmp_path):
     grid = make_grid(tmp_path / "grid", [Made("fb", "fb"), Made("lora", "lora")], prompts=6)
     predictions = next(path for path in grid.rglob("predictions.jsonl") if "lora" in str(path))
