@@ -227,11 +227,17 @@ def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target |
     if not config.with_base:
         return own, None
     if adapter is None:  # a complete model; its base is the one that the training started from
-        reference, revision = record["model"]["reference"], record["model"].get("revision")
-        base = resolve_base(config.base, not config.dry_run) or resolve_model(
-            f"{reference.partition('@')[0]}@{revision}" if revision else reference, not config.dry_run
-        )
+        base = resolve_base(config.base, not config.dry_run) or _start_of(name, record, not config.dry_run)
     return own, Target(f"{base.reference} (base)", base, None, dataset, template, EvaluationDirectory(base_root), date=date)
+
+
+def _start_of(name: str, record: dict[str, Any], weights: bool) -> ModelPath:
+    """The model that the training of the run `name` started from; `weights` as in `resolve_model`."""
+    reference, revision = record["model"]["reference"], record["model"].get("revision")
+    try:
+        return resolve_model(f"{reference.partition('@')[0]}@{revision}" if revision else reference, weights)
+    except CoraError as error:
+        raise CoraError(f"the base model of {name} cannot be found (pass its path with --base): {error}") from error
 
 
 def _same_answers(one: Target, other: Target, trust_remote_code: bool) -> bool:

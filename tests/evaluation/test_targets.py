@@ -222,6 +222,15 @@ def test_one_base_that_answers_two_kinds_of_prompts_has_two_names(trained: dict[
         find_targets(dataclasses.replace(asked, output_dir="out"))
 
 
+def test_a_full_fine_tuning_whose_base_has_moved_is_told_how_to_name_it(trained: dict[str, Path], tmp_path: Path):
+    run = Path(shutil.copytree(trained["full"], tmp_path / "run"))
+    record = unsealed(run / "run.json")
+    moved = {**record["model"], "reference": str(tmp_path / "moved")}
+    writing.write_json(run / "run.json", {**record, "model": moved})
+    with pytest.raises(CoraError, match=r"base model of .*run cannot be found \(pass its path with --base\): .*moved"):
+        find_targets(EvaluateConfig(runs=(str(run),), with_base=True))
+
+
 def test_with_base_needs_runs():
     with pytest.raises(UsageError, match="--with-base needs run directories"):
         EvaluateConfig(model="m", dataset="d", output_dir="o", with_base=True)
