@@ -20,18 +20,10 @@ from cora_cli.adapters.base import base_of, check_base
 from cora_cli.adapters.card import carry_card
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts
+from cora_cli.adapters.loading import by_names_of, check_basis, check_rank, load_adapter, split_as_trained
 from cora_cli.adapters.merge import CannotMerge, merged_into_base, no_change_of_weights
 from cora_cli.adapters.posterior import say_mean
-from cora_cli.adapters.storage import (
-    WEIGHTS_FILE,
-    by_names_of,
-    check_basis,
-    check_rank,
-    load_adapter,
-    order_names,
-    plain_factors,
-    split_as_trained,
-)
+from cora_cli.adapters.storage import WEIGHTS_FILE, order_names, plain_factors
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import AS_THE_FILE_SAYS
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, factors_of, linear_weight, lora_layers, stores_transposed

@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from cora_cli import writing
 from cora_cli.adapters.base import base_of, check_base, say_other_base
 from cora_cli.adapters.card import carry_card
+from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.posterior import say_mean
-from cora_cli.adapters.storage import load_adapter
 from cora_cli.data.templates import Template
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, linear_weight, lora_layers

@@ -1,56 +1,36 @@
-"""Reads and writes adapters: standard PEFT directories with `cora.json` next to PEFT's files, and the compact form.
+"""Writes adapters: standard PEFT directories with `cora.json` next to PEFT's files, and the compact form. `loading` reads them."""
 
-After every load it verifies that all keys arrived and that a trained adapter changes the model.
-"""
-
-import contextlib
 import copy
 import dataclasses
-import itertools
-import re
-import shutil
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 from cora_cli import rundir, writing
-from cora_cli.adapters.elsewhere import start_that_changes_base
-from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_facts, starting_b
-from cora_cli.adapters.install import apply_trained_set, install_adapter
-from cora_cli.adapters.peft_settings import check_patterns, misfit, say_unknown_settings, say_weights_beside
+from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts
 from cora_cli.adapters.posterior import write_row_noise
-from cora_cli.errors import CoraError, is_out_of_memory, reason
+from cora_cli.errors import CoraError
 from cora_cli.methods.parts.computed import Computed
-from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lora_layers
+from cora_cli.methods.parts.layers import ADAPTER, factors_of, lora_layers
 from cora_cli.methods.parts.mean_change import with_mean_change
 from cora_cli.methods.plan import AdapterPlan
-from cora_cli.methods.registry import METHODS, method_of
-from cora_cli.models.checkpoint import Checkpoint, finite
-from cora_cli.models.fused import fused_views, split_parts, split_projections
+from cora_cli.methods.registry import method_of
+from cora_cli.models.fused import split_parts
 from cora_cli.models.references import ModelPath
-from cora_cli.models.skeleton import ONE_EXPERT, Skeleton, without_numbers
 from cora_cli.models.tokenizer import save_tokenizer
-from cora_cli.progress import say
 from cora_cli.records import read_run
-from cora_cli.scratch import temporary_directory
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+?)(?=\.lora_|\.base_layer\.|\.modules_to_save\.|\.weight$|\.bias$)")
+PREFIX = "base_model.model."
 _OWN_TYPE = "CORA_"
 """What the type of an adapter that only `cora` loads begins with."""
-Stored = TypeVar("Stored")
 
 
 def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts, tokenizer: Any = None) -> None:
@@ -157,250 +137,15 @@ def plain_factors(factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> t
     rank = max(len(a) for a, _ in factors.values())
     state = {}
     for name, (a, b) in factors.items():
-        state[f"{_PREFIX}{name}.lora_A.weight"] = pad(a, (0, 0, 0, rank - len(a)))
-        state[f"{_PREFIX}{name}.lora_B.weight"] = pad(b, (0, rank - len(a)))
+        state[f"{PREFIX}{name}.lora_A.weight"] = pad(a, (0, 0, 0, rank - len(a)))
+        state[f"{PREFIX}{name}.lora_B.weight"] = pad(b, (0, rank - len(a)))
     return state, rank
-
-
-def load_adapter(
-    model: PreTrainedModel,
-    adapter: ModelPath,
-    basis_path: Path | None = None,
-    trainable: bool = False,
-    rank: int | None = None,
-) -> PeftModel:
-    """Wrap `model` with the adapter at `adapter`, standard or compact; B is frozen again where its method freezes it. Where the adapter
-    was trained on views of a fused projection, that is split in `model`.
-
-    `rank` cuts it to its first pairs; see `check_rank`.
-
-    Raises `CoraError` where keys are missing or unknown, where a needed basis differs from the recorded one, where a trained adapter
-    changes nothing, and, if `trainable`, where the stored tensors are not the trained ones.
-    """
-    check_is_complete(adapter)
-    facts = read_facts(adapter.path)
-    if rank is not None:
-        check_rank(adapter, rank)
-    if trainable and facts is not None and not stores_trained(facts.plan):
-        raise CoraError(
-            f"adapter {adapter.path} of mode {facts.plan.mode} is stored as an equivalent plain LoRA; to continue training, resume from the run's "
-            "checkpoints"
-        )
-    say_unknown_settings(adapter)
-    say_weights_beside(adapter)
-    split_as_trained(model, adapter, facts)
-    check_patterns(model, adapter)
-    try:
-        with warnings.catch_warnings():
-            # PEFT only warns of missing keys; `_check_arrived` turns that into an error.
-            warnings.simplefilter("ignore")
-            if facts is not None and facts.compact:
-                wrapped = _load_compact(model, adapter, facts, basis_path, trainable)
-            elif facts is not None and not method_of(facts.plan.mode).plain_peft_loads:
-                wrapped = _load_own(model, adapter, facts, trainable)
-            else:
-                stored = _stored_tensors(adapter)
-                if facts is None:
-                    _check_gathered(adapter, stored)
-                state = by_names_of(model, stored)
-                check_start(adapter)
-                _resize_embeddings(model, state, adapter)
-                with _for_peft(adapter, state, state.keys() == stored.keys()) as path:
-                    wrapped = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
-                _check_arrived(wrapped, state, adapter)
-    except CoraError:
-        raise
-    except (
-        SafetensorError,
-        UnpicklingError,
-        OSError,
-        ArithmeticError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        if is_out_of_memory(error):
-            raise
-        adapter.require_unchanged()
-        foreign = misfit(adapter) if facts is None else None
-        raise CoraError(
-            f"adapter {adapter.path} cannot be loaded: {foreign or _other_shape(error) or reason(error)}"
-        ) from error
-    adapter.require_unchanged()
-    if facts is not None and trainable:
-        method_of(facts.plan.mode).after_install(wrapped, facts.plan)
-        apply_trained_set(wrapped, facts.plan)
-    _check_effect(wrapped, facts, adapter)
-    if rank is not None:
-        assert facts is not None
-        _cut(wrapped, rank, facts.plan)
-    return wrapped.eval()
-
-
-def check_start(adapter: ModelPath) -> None:
-    """Raise `CoraError` for an adapter on a changed W that PEFT cannot compute again: it would draw at random, or take W itself."""
-    start = start_that_changes_base(adapter.adapter_config())
-    if start is not None and (start.startswith("pissa_niter_") or start in ("lora_ga", "corda")):
-        raise CoraError(
-            f"adapter {adapter.path} has init_lora_weights {start!r}: it applies to weights that its training had changed, which cannot be computed "
-            "again; save it as a plain LoRA with save_pretrained(path_initial_model_for_weight_conversion=…) of PEFT"
-        )
-
-
-def split_as_trained(model: PreTrainedModel, adapter: ModelPath, facts: AdapterFacts | None) -> None:
-    """Split the fused projections of `model` whose views the adapter changes.
-
-    Without `facts`, as in a checkpoint of a run, its tensors say which: a list of target modules may be one for many families, in which those
-    that a model lacks have no effect.
-    """
-    if facts is not None:
-        split_projections(model, facts.plan.target_modules)
-    elif views := fused_views(model):
-        keys = Checkpoint(adapter).shapes
-        split_projections(model, [name for name in views if any(key.startswith(f"{_PREFIX}{name}.") for key in keys)])
-
-
-def _check_effect(wrapped: PeftModel, facts: AdapterFacts | None, adapter: ModelPath) -> None:
-    """Raise `CoraError` where an adapter that `cora` trained changes nothing; say so of another program's, which may be untrained."""
-    if changes_model(wrapped):
-        return
-    if facts is None:
-        say(f"adapter {adapter.path} changes no weight of its layers: s·B·A is zero in all of them, as before any training")
-    elif method_of(facts.plan.mode).can_train(facts.plan):
-        raise CoraError(f"adapter {adapter.path} was trained, but changes no weight: B·A is zero in every layer")
-
-
-def check_rank(adapter: ModelPath, rank: int) -> None:
-    """Raise `CoraError` unless the adapter was trained by a method that works at lower ranks too, and `rank` is one of its ranks."""
-    facts = read_facts(adapter.path)
-    if facts is None or not method_of(facts.plan.mode).nested_ranks:
-        nested = ", ".join(method.name for method in METHODS.values() if method.nested_ranks)
-        kind = f"mode {facts.plan.mode}" if facts is not None else "another program"
-        raise CoraError(
-            f"{adapter.reference} cannot be cut to rank {rank}: only mode {nested} trains for lower ranks, not {kind}"
-        )
-    if not 1 <= rank <= facts.plan.rank:
-        raise CoraError(f"{adapter.reference} has the ranks 1 to {facts.plan.rank}, not {rank}")
-
-
-def _cut(wrapped: PeftModel, rank: int, plan: AdapterPlan) -> None:
-    """Keep the first `rank` pairs of every layer, scaled by alpha / rank, and those of a mean of earlier changes as they are."""
-    config: Any = wrapped.peft_config[ADAPTER]
-    scaling = plan.alpha / rank
-    for _, layer in lora_layers(wrapped):
-        a, b = factors_of(layer)
-        mean = b[:, plan.rank :] * (layer.scaling[ADAPTER] / scaling)
-        a, b = torch.cat([a[:rank], a[plan.rank :]]), torch.cat([b[:, :rank], mean], dim=1)
-        for factor, kept in ((layer.lora_A[ADAPTER], a), (layer.lora_B[ADAPTER], b)):
-            factor.weight = torch.nn.Parameter(kept.detach().contiguous(), requires_grad=False)
-        layer.r[ADAPTER], layer.scaling[ADAPTER] = len(a), scaling
-        config.r = len(a)
-        if len(a) > rank:
-            config.lora_alpha = len(a) * scaling
-
-
-def _stored_tensors(adapter: ModelPath) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter's files. Raises `CoraError` as `Checkpoint` does, and if it has none; PEFT would look for them on the hub."""
-    checkpoint = Checkpoint(adapter)
-    return {key: checkpoint.read(key) for key in checkpoint.shapes}
-
-
-def _check_gathered(adapter: ModelPath, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise `CoraError` for a tensor of no numbers, as DeepSpeed's ZeRO-3 leaves in an adapter whose parts were not gathered.
-
-    AdaLoRA may prune a layer to nothing, and says so.
-    """
-    kept = adapter.adapter_config().get("rank_pattern") or {}
-    pruned = {
-        name.rpartition(".lora_E")[0] for name, triplets in kept.items() if isinstance(triplets, list) and not any(triplets)
-    }
-    places = [f"{_PREFIX}{name}.lora_" for name in pruned]
-    empty = next((key for key, tensor in sorted(state.items()) if not (tensor.numel() or key.startswith(tuple(places)))), None)
-    if empty is not None:
-        raise CoraError(f"adapter {adapter.path}: {without_numbers(empty, tuple(state[empty].shape))}")
-
-
-def _other_shape(error: Exception) -> str | None:
-    """The first tensor that torch found of another shape, in words."""
-    found = re.search(r"size mismatch for (\S+): .*?Size\(\[([\d, ]*)\]\).*?Size\(\[([\d, ]*)\]\)", str(error), re.DOTALL)
-    return found and (
-        f"{found[1]} has the shape ({found[2]}) in its file, but ({found[3]}) by its configuration and the base model: they do not belong together"
-    )
-
-
-def by_names_of(model: PreTrainedModel, stored: dict[str, Stored]) -> dict[str, Stored]:
-    """What is `stored` for each key of an adapter's files, by the names of the modules in `model`, which an earlier transformers may have named otherwise."""
-    modules = {key: found["module"] for key in stored if (found := _KEY.match(key))}
-    if set(modules.values()) <= {name for name, _ in model.named_modules()}:
-        return stored
-    names = Skeleton(model).renamed_modules(set(modules.values()))
-    ends = {key: key.removeprefix(f"{_PREFIX}{module}") for key, module in modules.items() if module in names}
-    return {f"{_PREFIX}{names[modules[key]]}{ends[key]}" if key in ends else key: tensor for key, tensor in stored.items()}
-
-
-@contextlib.contextmanager
-def _for_peft(adapter: ModelPath, state: dict[str, torch.Tensor], as_stored: bool) -> Iterator[Path]:
-    """The directory of an adapter, or one for the time being with its tensors `state` where PEFT finds them: in one file of the usual name.
-
-    `as_stored` says that `state` has the names of the adapter's own files.
-    """
-    files = adapter.weight_files()
-    if as_stored and [file.name for file in files] == [WEIGHTS_FILE]:
-        yield adapter.path
-        return
-    with temporary_directory("adapter") as directory:
-        shutil.copyfile(adapter.path / "adapter_config.json", directory / "adapter_config.json")
-        # Copies, since safetensors refuses tensors that share memory.
-        save_file({key: tensor.clone().contiguous() for key, tensor in state.items()}, directory / WEIGHTS_FILE)
-        yield directory
-
-
-def _resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor], adapter: ModelPath) -> None:
-    """Give the model as many embedding rows as the embeddings that an adapter stores because they were resized: for added tokens, or without padding.
-
-    One that trains single rows may store these alone. Raises `CoraError` where one of them lies beyond rows that nobody has.
-    """
-    embedding: Any = model.get_input_embeddings()
-    ends = (embedding, model.get_output_embeddings())
-    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
-    rows = {len(state[key]) for name in names for key in _weight_keys(name) if key in state}
-    config, known = adapter.adapter_config(), len(embedding.weight)
-    single = config.get("trainable_token_indices") or config.get("token_indices") or []
-    trained = itertools.chain(*single.values()) if isinstance(single, dict) else single
-    if not rows and (added := sorted({row for row in trained if not 0 <= row < known})):
-        if added != list(range(known, known + len(added))):
-            raise CoraError(
-                f"adapter {adapter.path} trains row {added[-1]}, but the embedding of the base model has {known:,} rows, and the adapter stores none with "
-                "the rows up to there; it belongs to another base model, or is to be saved with its embedding"
-            )
-        rows = {known + len(added)}
-    if len(rows) == 1 and (needed := rows.pop()) != known:
-        model.resize_token_embeddings(needed, mean_resizing=False)
-
-
-def _weight_keys(name: str) -> tuple[str, ...]:
-    """PEFT's keys for the complete weight of the module `name`."""
-    prefix = f"{_PREFIX}{name}"
-    parts = ("", ".base_layer", ".modules_to_save", ".token_adapter.base_layer")
-    return tuple(f"{prefix}{part}.weight" for part in parts)
-
-
-def check_basis(adapters: Iterable[ModelPath | None], basis_path: Path | None) -> None:
-    """Raise `CoraError` for a basis that the user names although no adapter's B comes from one."""
-    known = [adapter for adapter in adapters if adapter is not None]
-    facts = [read_facts(adapter.path) for adapter in known]
-    if basis_path is not None and not any(one is not None and one.compact and one.plan.needs_basis for one in facts):
-        what = f"{known[0].reference} stores its own B" if known else "there is no adapter"
-        raise CoraError(f"--basis {basis_path} has no effect, since {what}; leave it out")
 
 
 def make_room(model: PeftModel, checkpoint: Path) -> None:
     """Give the adapter's tensors the shapes that they have in the directory `checkpoint`, where a method changes them in training."""
     found = [
-        (f"{_PREFIX}{name}.{factor}.", module)
+        (f"{PREFIX}{name}.{factor}.", module)
         for name, layer in lora_layers(model)
         for factor in ("lora_A", "lora_B")
         if isinstance(module := getattr(layer, factor)[ADAPTER], Computed)
@@ -421,70 +166,6 @@ def starts_in(checkpoint: Path | None) -> dict[str, tuple[torch.Tensor, torch.Te
     if checkpoint is None:
         return {}
     state = load_file(checkpoint / WEIGHTS_FILE)
-    ends = (_PREFIX, ".lora_A.start")
+    ends = (PREFIX, ".lora_A.start")
     names = [key.removeprefix(ends[0]).removesuffix(ends[1]) for key in state if key.endswith(ends[1])]
     return {name: (state[f"{ends[0]}{name}{ends[1]}"], state[f"{ends[0]}{name}.lora_B.start"]) for name in names}
-
-
-def changes_model(model: PeftModel) -> bool:
-    """Whether any layer's ΔW = s·B·A is non-zero; a layer without such matrices, as of an embedding, counts as a change."""
-    layers = [layer for _, layer in lora_layers(model)]
-    scaled = [layer for layer in layers if layer.scaling[ADAPTER]]
-    pairs = [factors_of(layer) for layer in scaled if ADAPTER in layer.lora_A]
-    matrices = [(a, b) for a, b in pairs if a.ndim == 2]
-    changed = not layers or len(matrices) < len(scaled)
-    return changed or any(bool((b.detach().float() @ a.detach().float()).any()) for a, b in matrices)
-
-
-def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: ModelPath) -> None:
-    """Raise `CoraError` for a tensor that the model lacks or does not take, or that is not finite.
-
-    PEFT may or may not store the embeddings next to the adapter of an embedding.
-    """
-    state = _fused(wrapped, state)
-    expected = set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False))
-    allowed = expected | set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=True))
-    for key in sorted(allowed & set(state)):
-        if state[key].is_floating_point() or ".lora_" in key or key.endswith("weight"):
-            finite(state[key], adapter.reference, key)
-    if lost := sorted((expected - set(state)) | (set(state) - allowed)):
-        kind = "is missing" if lost[0] in expected else "belongs to no layer of this model"
-        raise CoraError(f"adapter {adapter.path}: {len(lost)} keys do not fit the model, the first, {lost[0]}, {kind}")
-
-
-def _fused(wrapped: PeftModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors, with the adapters of single experts as PEFT fuses them where the model has fused the experts."""
-    single = {key: tensor for key, tensor in state.items() if ONE_EXPERT.search(key)}
-    if not single:
-        return state
-    rest = {key: tensor for key, tensor in state.items() if key not in single}
-    return rest | convert_peft_adapter_state_dict_for_transformers(wrapped, wrapped.peft_config[ADAPTER], single, ADAPTER)
-
-
-def _load_own(model: PreTrainedModel, adapter: ModelPath, facts: AdapterFacts, trainable: bool) -> PeftModel:
-    state = _stored_tensors(adapter)
-    wrapped = install_adapter(model, facts.plan, None)
-    set_peft_model_state_dict(wrapped, state)
-    _check_arrived(wrapped, state, adapter)
-    return wrapped if trainable else wrapped.requires_grad_(False)
-
-
-def _load_compact(
-    model: PreTrainedModel, adapter: ModelPath, facts: AdapterFacts, basis_path: Path | None, trainable: bool
-) -> PeftModel:
-    b_of = starting_b(adapter, facts, basis_path)
-    factors = load_file(adapter.path / COMPACT_FILE)
-    full = dict(factors)
-    weights = {name: linear_weight(module) for name, module in model.named_modules()}
-    outputs = {name: weight.out_features for name, weight in weights.items() if weight is not None}
-    for key in factors:
-        name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-        if name not in outputs:
-            raise CoraError(f"adapter {adapter.path}: the key {key} belongs to no linear layer of this model")
-        full[key.replace(".lora_A.", ".lora_B.")] = b_of(name, outputs[name])
-    config = LoraConfig.from_pretrained(str(adapter.path))
-    config.inference_mode = not trainable
-    wrapped = get_peft_model(model, config)
-    set_peft_model_state_dict(wrapped, full)
-    _check_arrived(wrapped, full, adapter)
-    return wrapped

@@ -40,8 +40,8 @@ def run(config: MergeConfig) -> None:
 
     The result is a plain model for transformers and others.
     """
+    from cora_cli.adapters.loading import check_basis
     from cora_cli.adapters.merge import merge_adapter
-    from cora_cli.adapters.storage import check_basis
     from cora_cli.lock import own_output
     from cora_cli.models.references import resolve_base, resolve_model
 

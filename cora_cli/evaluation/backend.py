@@ -13,9 +13,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import GenerationConfig
 
+from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.merge import CannotMerge, merge_adapter, merged_into_base, say_rounded_away
 from cora_cli.adapters.posterior import drawn_models
-from cora_cli.adapters.storage import load_adapter
 from cora_cli.device import Hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig

@@ -16,7 +16,7 @@ from typing import Any
 from cora_cli import hashing
 from cora_cli import records as shapes
 from cora_cli.adapters.base import check_base
-from cora_cli.adapters.storage import check_basis
+from cora_cli.adapters.loading import check_basis
 from cora_cli.data.encode import (
     check_rows,
     continues_prompt,

@@ -12,8 +12,8 @@ from typing import Any
 from cora_cli import hashing
 from cora_cli import records as shapes
 from cora_cli.adapters.base import base_of
+from cora_cli.adapters.loading import check_rank
 from cora_cli.adapters.posterior import has_posterior
-from cora_cli.adapters.storage import check_rank
 from cora_cli.data.records import Record, Schema, is_among
 from cora_cli.data.split import load_test_records
 from cora_cli.data.templates import reads_clock

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from cora_cli.adapters.install import check_applied
-from cora_cli.adapters.storage import load_adapter
+from cora_cli.adapters.loading import load_adapter
 from cora_cli.basis.choices import Side
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import Example

@@ -15,8 +15,8 @@ from peft import PeftModel
 from cora_cli import hashing, writing
 from cora_cli.adapters.card import write_card
 from cora_cli.adapters.kronecker import Kronecker, best_precision
+from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.posterior import has_posterior, write_kronecker
-from cora_cli.adapters.storage import load_adapter
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import ADAPTER, lora_layers

@@ -16,9 +16,10 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_M
 from cora_cli import hashing, rundir
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts, starting_b
+from cora_cli.adapters.loading import check_start
 from cora_cli.adapters.peft_settings import say_unknown_settings, say_weights_beside
 from cora_cli.adapters.posterior import say_mean
-from cora_cli.adapters.storage import check_is_complete, check_start
+from cora_cli.adapters.storage import check_is_complete
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 from cora_cli.models.checkpoint import Checkpoint, finite

@@ -22,8 +22,9 @@ from cora_cli.adapters.elsewhere import is_plain_lora
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
+from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.merge import merge_adapter, say_rounded_away
-from cora_cli.adapters.storage import load_adapter, save_adapter
+from cora_cli.adapters.storage import save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError
 from cora_cli.models.references import ModelPath, resolve_model

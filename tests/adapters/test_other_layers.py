@@ -25,8 +25,9 @@ from transformers import (
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import check_applied, install_adapter, target_linears
+from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.merge import merge_adapter, merged_into_base
-from cora_cli.adapters.storage import load_adapter, save_adapter
+from cora_cli.adapters.storage import save_adapter
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
 from cora_cli.errors import CoraError

@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 from cora_cli.adapters.base import base_of
 from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_facts
 from cora_cli.adapters.install import check_trained_set, install_adapter
-from cora_cli.adapters.storage import WEIGHTS_FILE, load_adapter, save_adapter
+from cora_cli.adapters.loading import load_adapter
+from cora_cli.adapters.storage import WEIGHTS_FILE, save_adapter
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError

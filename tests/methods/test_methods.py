@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM
 
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
-from cora_cli.adapters.storage import load_adapter, save_adapter
+from cora_cli.adapters.loading import load_adapter
+from cora_cli.adapters.storage import save_adapter
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.methods.parts.layers import factors_of, lora_layers

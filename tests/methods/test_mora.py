@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM
 
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
-from cora_cli.adapters.storage import load_adapter, save_adapter
+from cora_cli.adapters.loading import load_adapter
+from cora_cli.adapters.storage import save_adapter
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.methods.parts.layers import lora_layers
 from cora_cli.methods.parts.square import Compression, Expansion

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.install import install_adapter
+from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.adapters.posterior import drawn_models
-from cora_cli.adapters.storage import load_adapter
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate

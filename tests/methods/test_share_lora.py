@@ -6,7 +6,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
-from cora_cli.adapters.storage import load_adapter, save_adapter
+from cora_cli.adapters.loading import load_adapter
+from cora_cli.adapters.storage import save_adapter
 from cora_cli.methods.parts.layers import lora_layers
 from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import resolve_model

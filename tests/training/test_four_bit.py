@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cora_cli.adapters.install import install_adapter
+from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.merge import merge_adapter
-from cora_cli.adapters.storage import load_adapter
 from cora_cli.device import planned_hardware
 from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import adapted_layers

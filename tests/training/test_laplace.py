@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from cora_cli import writing
+from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.adapters.posterior import drawn_models
-from cora_cli.adapters.storage import load_adapter
 from cora_cli.cli import app
 from cora_cli.device import select_hardware
 from cora_cli.errors import CoraError

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.facts import read_facts
+from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.adapters.posterior import drawn_models
-from cora_cli.adapters.storage import load_adapter
 from cora_cli.errors import UsageError
 from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import resolve_model

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cora_cli.adapters.export import export_adapter
+from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.merge import merge_adapter
-from cora_cli.adapters.storage import load_adapter
 from cora_cli.errors import CoraError
 from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import resolve_model

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainingArguments
 
-from cora_cli.adapters.storage import load_adapter
+from cora_cli.adapters.loading import load_adapter
 from cora_cli.data.batches import GlobalBatches
 from cora_cli.data.encode import Example, encode_records
 from cora_cli.data.split import load_split

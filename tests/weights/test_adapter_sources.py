@@ -20,7 +20,8 @@ from transformers import (
 
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
-from cora_cli.adapters.storage import load_adapter, save_adapter
+from cora_cli.adapters.loading import load_adapter
+from cora_cli.adapters.storage import save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.device import select_hardware
