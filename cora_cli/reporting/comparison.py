@@ -53,6 +53,7 @@ class Comparison:
             notes[NO_CONTROL] = None
         if unlike := _not_trained_alike(self.one, self.other):
             notes[unlike] = None
+        notes |= {known: None for method in (self.one, self.other) if (known := _known_prompts(method))}
         lead = "The random control, " if self.control else ""
         tail = f" ({'; '.join(notes)})" if notes else ""
         where = f", {elsewhere}" if (elsewhere := other_layers(self.one, self.other)) else ""
@@ -81,6 +82,16 @@ def _not_trained_alike(one: MethodResults, other: MethodResults) -> str:
     differing = differing_conditions([*one.results, *other.results])
     listed = ", ".join(f"{name} {' and '.join(values)}" for name, values in differing.items())
     return f"not trained alike: {listed}" if listed else ""
+
+
+def _known_prompts(method: MethodResults) -> str:
+    """In words, how many of the prompts a method, or the models behind it, were trained on; empty where it is none."""
+    data = [own for result in method.results if LOSS in result.measures and (own := result.record.get("data"))]
+    counts = [(known, one["test"]["records"]) for one in data if (known := one.get("held_out_trained_on"))]
+    made = [result.generation for result in method.results]
+    counts += [(known, one["answers"]) for one in made if (known := one.get("prompts_trained_on")) and "answers" in one]
+    most, of = max(counts, default=(0, 0))
+    return f"{method.name} or the models behind it were trained on {most} of the {of} prompts" if most else ""
 
 
 def is_lora(method: MethodResults) -> bool:

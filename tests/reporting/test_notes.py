@@ -309,7 +309,10 @@ def test_a_method_whose_held_out_records_are_known_to_the_models_behind_it_is_na
     record["data"]["held_out_trained_on"] = 7
     writing.write_json(path, record)
     said = "so that its held-out loss says little about new ones: fb r=4 n=1 7 of 30."
-    assert said in " ".join(report([str(grid)]).split())
+    text = " ".join(report([str(grid)]).split())
+    assert said in text
+    (comparison,) = re.findall(r"- fb r=4 n=1 compared with lora r=4 [^-].*?\.(?= (?:Tests|-))", text)
+    assert "fb r=4 n=1 or the models behind it were trained on 7 of the 30 prompts" in comparison
 
 
 @pytest.mark.parametrize(("skew", "said"), [(2.0, True), (0.05, False)])
