@@ -5,6 +5,7 @@ The result lies at the top of the repository, where PEFT, vLLM and transformers 
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def files_of(run: RunDirectory, name: str, with_records: bool = True, report: Pa
         paths = (one.predictions, one.generation, one.metrics, one.scores, one.executions)
         files |= {f"{one.root.name}/{path.name}": path for path in paths if path.exists()}
     scores = {one.root.name: read_json(one.metrics, Metrics) for one in evaluations}
-    files[rundir.CARD] = _card(run, record, name, scores, verdict_of(report, record) if report else [])
+    files[rundir.CARD] = _card(run, record, name, scores, verdict_of(report, record, scores) if report else [])
     return {**files, run.sums.name: _sums(files)}
 
 
@@ -145,9 +146,9 @@ def _sums(files: Files) -> bytes:
     return "".join(lines).encode()
 
 
-def verdict_of(path: Path, record: Mapping[str, Any]) -> list[str]:
+def verdict_of(path: Path, record: Mapping[str, Any], scores: Mapping[str, Any]) -> list[str]:
     """The sentences of a `report.json` about the method of the run with this `run.json`, and the conditions under which they hold. Raises `CoraError` if
-    there are none."""
+    there are none, or if they are about other scores than the run's `metrics.json`, which `scores` has by folder."""
     digest = record["result_sha256"]
     for experiment in read_json(path, Report)["experiments"]:
         for group in experiment["groups"]:
@@ -159,12 +160,25 @@ def verdict_of(path: Path, record: Mapping[str, Any]) -> list[str]:
                     f"the verdict of {path} on {line['method']} is about runs at another learning rate than this run's, which was not chosen; publish one of "
                     "them, or leave --report out"
                 )
+            _check_scores(path, line, record["seeds"]["seed"], scores)
             shown = [each for each in group["verdict"]["comparisons"] if line["method"] in (each["one"], each["other"])]
             sentences = (each["sentence"] for each in shown)
             return [group["verdict"]["headline"], *sentences, *experiment.get("conditions", ())]
     raise CoraError(
         f"{path} has no verdict on this run; name the report.json that `cora report RUNS -o DIR` wrote about it as it is now"
     )
+
+
+def _check_scores(path: Path, line: Mapping[str, Any], seed: int, scores: Mapping[str, Any]) -> None:
+    """Raise `CoraError` if the `line` of a report has a score of the run that no evaluation in it gives, as after it answered again."""
+    for name, measure in line.get("measures", {}).items():
+        reported = measure.get("by_seed", {}).get(str(seed))
+        own = [metrics["metrics"][name]["value"] for metrics in scores.values() if name in metrics["metrics"]]
+        if reported is not None and own and not any(math.isclose(reported, value, rel_tol=1e-9) for value in own):
+            raise CoraError(
+                f"the verdict of {path} is about another {name} of this run ({reported:.4g}) than its evaluations give now "
+                f"({', '.join(f'{value:.4g}' for value in own)}); write the report again with `cora report`"
+            )
 
 
 def upload(name: str, files: Files, private: bool, overwrite: bool) -> str:

@@ -3,6 +3,12 @@
 from typing import NotRequired, TypedDict
 
 
+class ReportedMeasure(TypedDict):
+    """One measure of a line; `by_seed` has its value at each seed."""
+
+    by_seed: NotRequired[dict[str, float]]
+
+
 class ReportedLine(TypedDict):
     """A line of a report's table; `results` has the hash of what each of its runs trained, None for the base model. The verdict is on the lines that
     are `chosen`."""
@@ -10,6 +16,7 @@ class ReportedLine(TypedDict):
     method: str
     chosen: NotRequired[bool]
     results: NotRequired[list[str | None]]
+    measures: NotRequired[dict[str, ReportedMeasure]]
 
 
 class ReportedComparison(TypedDict):

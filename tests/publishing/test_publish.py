@@ -272,6 +272,17 @@ def test_a_run_at_a_learning_rate_that_was_not_chosen_has_no_verdict(finished: P
         files_of(RunDirectory(finished), "org/name", report=tmp_path / "report.json")
 
 
+def test_a_verdict_about_other_scores_than_those_of_the_run_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(report([str(run)], "json"), encoding="utf-8")
+    files_of(RunDirectory(run), "org/name", report=tmp_path / "report.json")
+    evaluate_run(run, overwrite=True, metrics=("rouge1", "nll"), template="plain")
+    with pytest.raises(
+        CoraError, match=r"is about another \w+ of this run \(.*\) than its evaluations give now \(.*\); write the report"
+    ):
+        files_of(RunDirectory(run), "org/name", report=tmp_path / "report.json")
+    files_of(RunDirectory(run), "org/name", with_records=False, report=tmp_path / "report.json")
+
+
 def test_the_verdict_of_a_report_on_the_run_goes_into_the_card(finished: Path, run: Path, tmp_path: Path) -> None:
     text = report([str(finished)], "json").replace('"conditions": []', '"conditions": ["Seeds were added."]')
     (tmp_path / "report.json").write_text(text, encoding="utf-8")
