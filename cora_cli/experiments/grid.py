@@ -393,6 +393,11 @@ def _models(values: object, problems: list[str]) -> dict[str, str | Values]:
                 pool[name] = settings
         elif name in named:
             pool[name] = named[name]
+    problems += [
+        f"models: {one} and {other} are the same model, which would count twice in a basis; leave one out, or train it with another seed or data set"
+        for one, other in itertools.combinations(pool, 2)
+        if pool[one] == pool[other]
+    ]
     return pool
 
 

@@ -144,6 +144,8 @@ def test_an_invalid_block_is_refused(block: Any, message: str) -> None:
         ({"datasets": None}, "datasets is missing; write a line"),
         ({"models": {"a b": "x"}, "grid": []}, "'a b' is not a valid name"),
         ({"models": {"x": {"max_steps": 2}}}, "models: x has training settings but no dataset"),
+        ({"models": {"a": "org/a", "b": "org/b", "c": "org/a"}}, "models: a and c are the same model, which would count twice"),
+        ({"models": {"x": {"dataset": "d"}, "y": {"dataset": "d", "mode": "lora"}}}, "models: x and y are the same model"),
         ({"models": {"x": {"dataset": "d", "mode": "fb"}}}, "models: x: mode must be one of lora, full, not 'fb'"),
         ({"datasets": {"d": 3}}, "datasets: d must be a hub id, path or builtin name, not 3"),
         ({"defaults": {"trian": {}}}, "defaults: unknown key 'trian' (did you mean train?)"),
