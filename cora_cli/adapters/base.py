@@ -5,7 +5,8 @@ from pathlib import Path
 
 from cora_cli.adapters.facts import read_facts
 from cora_cli.errors import CoraError
-from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import EMBEDDED_MODEL, recorded_base, resolve_model
 from cora_cli.progress import say
 
 

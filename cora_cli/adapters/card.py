@@ -18,7 +18,7 @@ from cora_cli.adapters.posterior import has_posterior
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import AS_THE_FILE_SAYS
 from cora_cli.methods.registry import label_of, method_of
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.trained_on import run_of
 from cora_cli.records import read_run
 from cora_cli.render.markdown_table import markdown_table

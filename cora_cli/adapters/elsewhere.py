@@ -6,7 +6,7 @@ from typing import Any
 from cora_cli.adapters.facts import read_facts
 from cora_cli.errors import CoraError
 from cora_cli.methods.registry import method_of
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for `max_lora_rank`."""

@@ -31,7 +31,7 @@ from cora_cli.methods.registry import method_of
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.fused import SplitProjection, split_parts
 from cora_cli.models.loading import load_model
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
 from cora_cli.models.trained_on import carry_record
 

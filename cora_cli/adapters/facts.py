@@ -13,7 +13,7 @@ from cora_cli.errors import CoraError
 from cora_cli.methods.parts.starts import start_b
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import PLANNED, method_of
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.reading import read_json
 from cora_cli.records import Adapter
 

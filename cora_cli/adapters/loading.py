@@ -32,7 +32,7 @@ from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.fused import fused_views, split_projections
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.skeleton import ONE_EXPERT, Skeleton, without_numbers
 from cora_cli.progress import say
 from cora_cli.scratch import temporary_directory

@@ -19,8 +19,8 @@ from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, linear_weight
 from cora_cli.models.checkpoint import is_finite
 from cora_cli.models.fused import join_projections
 from cora_cli.models.loading import has_own_head, load_model, save_model, stored_types, untie
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
-from cora_cli.models.references import ModelPath
 from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
 from cora_cli.models.trained_on import carry_record, say_other_tokenizer, say_other_weights, trained_on
 from cora_cli.progress import say

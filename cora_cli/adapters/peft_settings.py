@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cora_cli.errors import CoraError
 from cora_cli.limits import bounded
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.progress import say
 
 _KINDS = {str(name.value): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}

@@ -25,7 +25,7 @@ from cora_cli.adapters.kronecker import Kronecker
 from cora_cli.errors import CoraError, reason
 from cora_cli.methods.parts.layers import ADAPTER
 from cora_cli.methods.parts.starts import seeded
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.progress import say
 
 _ROWS = "deviation"

@@ -23,7 +23,7 @@ from cora_cli.methods.parts.mean_change import with_mean_change
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.fused import split_parts
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.tokenizer import save_tokenizer
 from cora_cli.records import read_run
 

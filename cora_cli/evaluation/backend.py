@@ -27,7 +27,7 @@ from cora_cli.evaluation.targets import Target
 from cora_cli.evaluation.vllm import VllmEngine, engine_arguments
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import context_length, load_model
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.progress import say
 
 

@@ -23,7 +23,7 @@ from cora_cli.evaluation.processes import ALONE, Processes
 from cora_cli.evaluation.sampling import Draws, Finite, Sampling
 from cora_cli.methods.parts.layers import transformers_model
 from cora_cli.models.configuration import depends_on_batch, rope_switch
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_jsonl
 from cora_cli.records import PartialPrediction

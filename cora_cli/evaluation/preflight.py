@@ -24,7 +24,7 @@ from cora_cli.evaluation.execution.problems import problem_columns, problem_of
 from cora_cli.evaluation.targets import Target, TrainedPrompts, find_targets, trained_prompts
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import context_length, skeleton_as_stored
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes
 from cora_cli.planning.page import duration, file_lines, memory_lines, size_text

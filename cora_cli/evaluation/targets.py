@@ -19,7 +19,8 @@ from cora_cli.data.split import load_test_records
 from cora_cli.data.templates import reads_clock
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import DEFAULT_DRAWS, EvaluateConfig, check_run
-from cora_cli.models.references import ModelPath, absolute, resolve_base, resolve_model
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import absolute, resolve_base, resolve_model
 from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.models.trained_on import say_other_tokenizer, say_unrecorded, trained_on
 from cora_cli.progress import say

@@ -18,7 +18,7 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.decode import Tokens
 from cora_cli.evaluation.generate import until_end
 from cora_cli.evaluation.sampling import Sampling
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 WAVE = 1024

@@ -23,7 +23,8 @@ from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.rows import SPLIT_KEYS
 from cora_cli.experiments.values import Values
 from cora_cli.models.checkpoint import Checkpoint
-from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, resolve_model
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
 from cora_cli.models.skeleton import skeleton_of
 from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.reading import read_json

@@ -13,7 +13,7 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, Train
 from cora_cli.data.encode import Example
 from cora_cli.device import Hardware
 from cora_cli.models.loading import load_model
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.training.record import peak_memory_bytes
 from cora_cli.training.settings import DEFAULT_TARGETS

@@ -20,7 +20,7 @@ from cora_cli.extraction.decompose import decompose
 from cora_cli.extraction.gram import one_thread_pool
 from cora_cli.extraction.merge import Group, merge_group, plan
 from cora_cli.extraction.pooled import layer_energies
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.progress import progress, say
 from cora_cli.weights.sources import WeightSource, open_source
 

@@ -10,7 +10,7 @@ from cora_cli.extraction.decompose import decomposes_gram
 from cora_cli.extraction.extract import check_place
 from cora_cli.extraction.gram import lanczos_is_faster
 from cora_cli.extraction.merge import Group, is_low_rank, plan
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.planning.page import file_lines, memory_lines, size_text
 from cora_cli.weights.planned import open_planned
 from cora_cli.weights.sources import WeightSource

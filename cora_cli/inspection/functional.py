@@ -41,7 +41,7 @@ from cora_cli.methods.parts.layers import linear_weight, transformers_model
 from cora_cli.methods.parts.starts import seeded
 from cora_cli.models.fused import SplitProjection, split_projections
 from cora_cli.models.loading import load_model
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.progress import progress, say
 from cora_cli.training.batching import choose_batching
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss

@@ -25,7 +25,8 @@ from cora_cli.inspection.own_data import read_own_data
 from cora_cli.inspection.prediction import Prediction, is_unscaled, predict, used_bases
 from cora_cli.inspection.sharing_verdict import Verdict, group_names, judge, pooled_already, unjudged_models
 from cora_cli.inspection.starts import known_starts, unrecorded_note
-from cora_cli.models.references import ModelPath, recorded_base, resolve_model
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import recorded_base, resolve_model
 from cora_cli.progress import say
 from cora_cli.weights.planned import open_planned
 from cora_cli.weights.sources import WeightSource, open_source

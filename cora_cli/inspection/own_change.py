@@ -15,7 +15,7 @@ from cora_cli.inspection.changes import Change
 from cora_cli.inspection.replacements import Update, as_stored, changed_by, projection
 from cora_cli.methods.parts.layers import factors_of, lora_layers
 from cora_cli.methods.registry import method_of
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.training.heldout import held_out_loss
 from cora_cli.training.probe import Start, span
 from cora_cli.weights.sources import open_source

@@ -19,7 +19,7 @@ from cora_cli.evaluation.targets import check_test_records
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.fused import split_projections
 from cora_cli.models.loading import context_length
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.models.trained_on import say_unrecorded, trained_on

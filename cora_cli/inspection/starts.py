@@ -15,7 +15,7 @@ from cora_cli.inspection.measure import Directions
 from cora_cli.inspection.subspaces import leading_of_tall
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.weights.sources import WeightSource
 
 

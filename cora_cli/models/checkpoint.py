@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from cora_cli.errors import CoraError, is_out_of_memory, reason
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.reading import refuse_pointer
 
 PLAIN_TYPES = frozenset({"float64", "float32", "float16", "bfloat16"})

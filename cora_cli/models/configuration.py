@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.checkpoint import PLAIN_TYPES
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 
 NOISE = ("drop", "jitter")
 """Parts of the names of settings that make a model in training random."""

@@ -17,6 +17,7 @@ from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.models.causality import require_causal
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
 from cora_cli.models.configuration import RESCALED, keep_scales, load_configuration
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.quantized import (
     PLAIN_COPY,
     ask_for_plain,
@@ -26,7 +27,6 @@ from cora_cli.models.quantized import (
     is_held_quantized,
     settle_quantized,
 )
-from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import Skeleton, build_skeleton, layer_of, shape_fault, skeleton_of, surplus_fault
 from cora_cli.progress import say
 from cora_cli.scratch import temporary_directory

@@ -12,8 +12,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from cora_cli.device import DTYPES
 from cora_cli.errors import CoraError, reason
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.precision import UNSUPPORTED
-from cora_cli.models.references import ModelPath
 from cora_cli.progress import say
 
 PLAIN_COPY = "a copy of the model with weights in bf16, fp16 or fp32"

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.configuration import load_configuration
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")

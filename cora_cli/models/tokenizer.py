@@ -12,7 +12,7 @@ from transformers.utils.import_utils import is_protobuf_available, is_sentencepi
 from cora_cli import writing
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.configuration import load_configuration
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.progress import say
 from cora_cli.reading import read_foreign, read_json, read_text, refuse_pointer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cora_cli import hashing, rundir, writing
 from cora_cli.errors import CoraError
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.progress import say
 from cora_cli.reading import read_text
 from cora_cli.records import CarriedTraining, read_run, read_sealed, template_date, write_sealed

@@ -20,7 +20,8 @@ from cora_cli.evaluation.metrics.bertscore import EMBEDDED_ENCODER
 from cora_cli.evaluation.metrics.calibration import tokens_of
 from cora_cli.evaluation.metrics.pass_at import Attempts
 from cora_cli.evaluation.targets import check_test_records
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import resolve_model
 from cora_cli.models.trained_on import trained_on
 from cora_cli.reading import read_jsonl, read_text, read_yaml
 from cora_cli.reporting.collect import check_evaluated

@@ -10,7 +10,7 @@ from typing import Any
 
 from cora_cli import hashing, records, writing
 from cora_cli.errors import CoraError
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_jsonl
 from cora_cli.reporting.comparable import check_comparable

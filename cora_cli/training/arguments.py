@@ -37,8 +37,6 @@ _SCHEDULERS = {
     "constant": "constant_with_warmup",
     "constant-decay": "warmup_stable_decay",
 }
-
-
 _DECAY_SHARE = 0.2
 
 

@@ -10,7 +10,8 @@ from cora_cli.data.encode import notices
 from cora_cli.data.records import earlier_answers, is_among, repeated_notice, repeated_prompts, unused_columns
 from cora_cli.data.templates import end_notice, plain_notice, unread_notice
 from cora_cli.errors import CoraError
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import resolve_model
 from cora_cli.models.trained_on import known_prompts
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.prepare import Prepared

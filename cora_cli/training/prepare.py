@@ -27,8 +27,9 @@ from cora_cli.models.causality import require_causal
 from cora_cli.models.configuration import balances_experts, load_configuration, remove_dropout
 from cora_cli.models.fused import split_parts, split_projections, wanted_views
 from cora_cli.models.loading import check_names, context_length, skeleton_as_stored
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.quantized import check_four_bit, kind_stated, require_four_bit
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.references import resolve_model
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.progress import say

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint, type_fault
 from cora_cli.models.fused import View, fused_views
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.skeleton import Skeleton, layer_of, other_modalities, shape_fault, skeleton_of, surplus_fault
 
 

@@ -12,7 +12,7 @@ from cora_cli.adapters.base import base_of
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.fused import fused_views
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.skeleton import other_modalities, skeleton_of
 from cora_cli.weights.matrices import view_shapes
 from cora_cli.weights.sources import AdapterSource, ModelSource, WeightSource, architecture_of

@@ -16,8 +16,8 @@ from cora_cli.basis.choices import is_target, match_targets, natural_order
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, finite
 from cora_cli.models.fused import VIEWS, Layout, View
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.quantized import kind_stated
-from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import skeleton_of
 from cora_cli.progress import say
 from cora_cli.weights.factors import AdapterFactors

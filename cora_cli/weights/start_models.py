@@ -7,7 +7,8 @@ import torch
 from cora_cli.adapters.base import check_base
 from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import Observed
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import resolve_model
 from cora_cli.progress import say
 from cora_cli.weights.planned import open_planned
 from cora_cli.weights.sources import WeightSource, open_source

@@ -27,7 +27,8 @@ from cora_cli.adapters.merge import merge_adapter, say_rounded_away
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import resolve_model
 from cora_cli.models.tokenizer import load_tokenizer
 from tests.adapters.helpers import copy_of, foreign, logits
 from tests.methods.helpers import plan_of

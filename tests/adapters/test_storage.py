@@ -19,7 +19,8 @@ from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.methods.parts.layers import factors_of, lora_layers
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import resolve_model
 from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.weights.planned import open_planned
 from cora_cli.weights.sources import open_source

@@ -21,7 +21,8 @@ from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.models.fused import VIEWS, split_projections
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import resolve_model
 from cora_cli.weights.planned import PlannedSource
 from cora_cli.weights.sources import open_source
 from cora_cli.weights.start_models import StartModels

@@ -26,7 +26,8 @@ from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.evaluation.generate import say_left_out
 from cora_cli.evaluation.metrics import TEXT_NAMES
 from cora_cli.evaluation.scoring import Evaluation, paired_differences
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import resolve_model
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 

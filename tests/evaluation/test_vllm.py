@@ -25,7 +25,8 @@ from cora_cli.evaluation.vllm import (
     sampling_arguments,
     token_prompts,
 )
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import resolve_model
 from cora_cli.reading import read_json
 from cora_cli.rundir import RunDirectory
 

@@ -14,7 +14,7 @@ from cora_cli import rundir, writing
 from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import find_inputs, require_on_hub
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from tests.experiments.helpers import grid_of
 
 

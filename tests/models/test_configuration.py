@@ -35,7 +35,8 @@ from cora_cli.models.configuration import (
     route_as_evaluated,
 )
 from cora_cli.models.loading import context_length, load_model
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import resolve_model
 from cora_cli.models.skeleton import build_skeleton, skeleton_of
 from cora_cli.models.tokenizer import load_tokenizer
 from tests.training.families import build

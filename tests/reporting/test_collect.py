@@ -8,7 +8,7 @@ import pytest
 
 from cora_cli import writing
 from cora_cli.errors import CoraError
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.records import read_sealed, write_sealed
 from cora_cli.reporting.collect import collect

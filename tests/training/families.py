@@ -26,7 +26,7 @@ from cora_cli.methods.parts.layers import factors_of, linear_weight, lora_layers
 from cora_cli.models.configuration import load_configuration, remove_dropout, route_as_evaluated
 from cora_cli.models.fused import VIEWS, fused_views
 from cora_cli.models.loading import load_model
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.render.markdown_table import markdown_table
 from cora_cli.training.batching import choose_batching

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.models.checkpoint import Checkpoint
-from cora_cli.models.references import ModelPath
+from cora_cli.models.model_path import ModelPath
 from cora_cli.weights.sources import WeightSource, open_source
 
 CPU = torch.device("cpu")

@@ -29,7 +29,8 @@ from cora_cli.evaluation.metrics import reference_cache
 from cora_cli.evaluation.metrics.base import Floats, StreamingMetric, check_texts, format_signature, package_version
 from cora_cli.evaluation.metrics.encoding import embeddings
 from cora_cli.models.checkpoint import finite
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import resolve_model
 from cora_cli.progress import say
 
 EMBEDDED_ENCODER = "builtin:all-MiniLM-L6-v2"
