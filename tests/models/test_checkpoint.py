@@ -212,7 +212,7 @@ def test_a_quantization_that_a_nested_configuration_states_counts(tiny_model, tm
     config = json.loads((directory / "config.json").read_text())
     nested = {"text_config": {"quantization_config": {"quant_method": "fp8"}}}
     (directory / "config.json").write_text(json.dumps({**config, **nested}))
-    with pytest.raises(CoraError, match=r"model is stored quantised; use a copy"):
+    with pytest.raises(CoraError, match=r"model says that its weights are quantised \(fp8\), but its files hold plain ones"):
         open_source(resolve_model(str(directory)))
 
 
