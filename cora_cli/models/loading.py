@@ -5,7 +5,7 @@ loaded model.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +120,31 @@ def load_model(
             f"config.json sets {RESCALED}: set that to false for what else uses the model"
         )
     _check_complete(model, checkpoint, loaded, report, quantized)
-    for name, weight in loaded.named_parameters():
-        # Others have their scales apart; so have torchao's tensors, whatever type they show.
-        if type(weight.data) is torch.Tensor and str(weight.dtype).removeprefix("torch.") in PLAIN_TYPES:
-            finite(weight.detach(), model.reference, name)
+    # Others have their scales apart; so have torchao's tensors, whatever type they show.
+    plain = {
+        name: weight.detach()
+        for name, weight in loaded.named_parameters()
+        if type(weight.data) is torch.Tensor and str(weight.dtype).removeprefix("torch.") in PLAIN_TYPES
+    }
+    for name, weight in plain.items():
+        finite(weight, model.reference, name)
+    _say_zeros({name: weight for name, weight in plain.items() if weight.dim() > 1}, model.reference)
     if has_own_head(loaded):
         untie(loaded.config)
     return loaded.eval()
+
+
+def _say_zeros(matrices: Mapping[str, torch.Tensor], reference: str) -> None:
+    """Say which matrices are zero throughout, as at the end of files for which a download had reserved all of the space before it stopped.
+
+    Models may be written so: layers that are added to others often start with some.
+    """
+    # One column tells nearly always, without reading the others again.
+    if zero := [name for name, weight in matrices.items() if weight.numel() and not weight[..., :1].any() and not weight.any()]:
+        say(
+            f"{reference}: {len(zero)} of its {len(matrices)} matrices are zero throughout, such as {zero[0]}; if it was not written so, its "
+            "download was cut off: download it again"
+        )
 
 
 def has_own_head(model: Any) -> bool:

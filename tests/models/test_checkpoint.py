@@ -263,6 +263,18 @@ def test_a_weight_that_is_not_finite_is_refused_by_name_when_the_model_is_loaded
         load_model(local(directory), torch.float32, torch.device("cpu"), None)
 
 
+def test_weights_of_zeros_as_a_download_that_was_cut_off_leaves_them_are_named(tiny_model, tmp_path, capsys):
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    file = directory / "model.safetensors"
+    load_model(resolve_model(str(directory)), torch.float32, torch.device("cpu"), None)
+    assert "zero throughout" not in capsys.readouterr().err
+    with file.open("r+b") as opened:
+        opened.seek(-150_000, 2)
+        opened.write(bytes(150_000))
+    load_model(resolve_model(str(directory)), torch.float32, torch.device("cpu"), None)
+    assert re.search(r"model: \d+ of its 15 matrices are zero throughout, such as model\.layers\.", capsys.readouterr().err)
+
+
 def test_a_pointer_of_git_lfs_is_called_one(tiny_model, tmp_path):
     (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
