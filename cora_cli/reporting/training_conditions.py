@@ -48,7 +48,8 @@ def _conditions(result: Result, cut: bool) -> dict[str, Any]:
     }
     neutral = {**_NEUTRAL, "max_length": None} if cut else _NEUTRAL
     others = {name.replace("_", " "): settings.get(name, value) for name, value in neutral.items()}
-    return {**amounts, **others, "precision": hardware["dtype"]}
+    prompts = {name.replace("_", " "): record["data"].get(name) for name in ("template", "template_date")}
+    return {**amounts, **others, **prompts, "precision": hardware["dtype"]}
 
 
 def _shown(value: Any) -> str:

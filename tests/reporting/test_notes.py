@@ -275,7 +275,9 @@ def test_rows_whose_held_out_loss_is_of_other_prompts_are_named_under_the_table(
         record["data"] |= {"template": template, "test": {**record["data"]["test"], "truncated": truncated}}
         record["fingerprint"]["settings"]["max_length"] = length
         writing.write_json(path, record)
-    assert said in " ".join(report([str(grid)]).split())
+    text = " ".join(report([str(grid)]).split())
+    assert said in text
+    assert "not trained alike: max length 512 and 1024, template alpaca and chat)." in text
 
 
 def test_rows_that_were_asked_other_prompts_with_equal_references_are_named(tmp_path):
