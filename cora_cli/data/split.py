@@ -10,8 +10,9 @@ from cora_cli.data.formats import columns_of, own_shape, read_record, shape_for,
 from cora_cli.data.formats.columns import chosen_shape
 from cora_cli.data.formats.conversation import says_trained
 from cora_cli.data.formats.preference import refuse_unwanted
-from cora_cli.data.readers import HELD_OUT, read_located
+from cora_cli.data.readers import read_located
 from cora_cli.data.records import SCHEMAS, Record, Schema, holds_missing, holds_nulls, prompt_hash, prompt_hashes
+from cora_cli.data.tables import HELD_OUT
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
