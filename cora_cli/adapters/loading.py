@@ -108,7 +108,7 @@ def load_adapter(
         adapter.require_unchanged()
         foreign = misfit(adapter) if facts is None else None
         raise CoraError(
-            f"adapter {adapter.path} cannot be loaded: {foreign or _other_shape(error) or reason(error)}"
+            f"adapter {adapter.path} cannot be loaded: {foreign or _missing(error) or _other_shape(error) or reason(error)}"
         ) from error
     adapter.require_unchanged()
     if facts is not None and trainable:
@@ -202,6 +202,14 @@ def _check_gathered(adapter: ModelPath, state: Mapping[str, torch.Tensor]) -> No
     empty = next((key for key, tensor in sorted(state.items()) if not (tensor.numel() or key.startswith(tuple(places)))), None)
     if empty is not None:
         raise CoraError(f"adapter {adapter.path}: {without_numbers(empty, tuple(state[empty].shape))}")
+
+
+def _missing(error: Exception) -> str | None:
+    """The key that PEFT missed in the files of an adapter, in words."""
+    key = error.args[0] if isinstance(error, KeyError) and error.args else None
+    if not isinstance(key, str) or not key.startswith(PREFIX):
+        return None
+    return f"its files hold no {key}, which its adapter_config.json names (modules_to_save, trainable_token_indices): the adapter is incomplete"
 
 
 def _other_shape(error: Exception) -> str | None:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -408,6 +409,24 @@ def test_into_weights_that_are_held_quantised_nothing_is_merged_and_so_nothing_r
     adapter = resolve_model(str(tmp_path / "adapter"))
     assert say_rounded_away(load_adapter(base, adapter), adapter) is None
     assert "is lost" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "base_model.model.lm_head.weight"),
+        ({"trainable_token_indices": [5]}, "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"),
+    ],
+)
+def test_a_saved_weight_that_the_configuration_names_and_no_file_holds_is_named(setting, key, tiny_model, tmp_path):
+    foreign(tiny_model, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, **setting}))
+    with pytest.raises(
+        CoraError,
+        match=f"its files hold no {re.escape(key)}, which its adapter_config.json names .*: the adapter is incomplete",
+    ):
+        merge_adapter(resolve_model(str(tmp_path / "a")), tmp_path / "m")
 
 
 def test_weights_next_to_an_adapter_that_peft_does_not_read_are_named(tiny_model, tmp_path, capsys):
