@@ -277,7 +277,7 @@ def test_rows_whose_held_out_loss_is_of_other_prompts_are_named_under_the_table(
         writing.write_json(path, record)
     text = " ".join(report([str(grid)]).split())
     assert said in text
-    assert "not trained alike: max length 512 and 1024, template alpaca and chat)." in text
+    assert "not trained alike: max length 512 and 1,024, template alpaca and chat)." in text
 
 
 def test_rows_that_were_asked_other_prompts_with_equal_references_are_named(tmp_path):
