@@ -24,6 +24,7 @@ from cora_cli.experiments.execute import (
     Outcome,
     done_steps,
     refuse_conflicts,
+    refuse_other_grid,
     write_plan,
 )
 from cora_cli.experiments.grid import Grid, load_grid
@@ -89,6 +90,7 @@ def dry_run(request: Request, width: int | None = None) -> str:
     grid = request.load()
     out = request.place(grid)
     writing.refuse_file(out)
+    refuse_other_grid(out)
     # Without earlier steps nothing is done yet, so there is no need to hash weights.
     inputs = find_inputs(grid, out / _HASHES if (out / "steps").is_dir() else None, weights=False)
     check_shapes(grid, inputs)
@@ -150,6 +152,7 @@ def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
     grid = request.load()
     out = request.place(grid)
     with own_directory(out, *FOLDERS) as held:
+        refuse_other_grid(out)
         say(f"{grid.title}: checking models and data")
         require_on_hub(grid)
         inputs = find_inputs(grid, out / _HASHES)

@@ -28,6 +28,7 @@ from cora_cli.records import PLAN, read_sealed, write_sealed
 
 _POLL_SECONDS = 0.1
 _LAST_LINES = 6
+_RESOLVED = "grid.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,15 @@ class Outcome:
     blocked: dict[str, str]
 
 
+def refuse_other_grid(out: Path) -> None:
+    """Raise `CoraError` for a file where the resolved grid is written, next to the plan, that no plan came with: such as the grid file of a user who has the
+    results next to it."""
+    if (out / _RESOLVED).exists() and not (out / PLAN).exists():
+        raise CoraError(
+            f"{out / _RESOLVED} would be replaced by the resolved grid, which has another form; choose another --output-dir, or rename the file"
+        )
+
+
 def write_plan(plan: Plan, stages: Mapping[str, Any] | None = None) -> None:
     """Write `plan.json`, `grid.yaml` (the resolved grid), and the held-out records for evaluating the base model.
 
@@ -51,7 +61,7 @@ def write_plan(plan: Plan, stages: Mapping[str, Any] | None = None) -> None:
     record = {**plan_record(plan), **(stages or {})}
     before = seeds_before(plan.out, record)
     write_sealed(plan.out / PLAN, {**record, **({"seeds_before": before} if before else {})})
-    writing.write_text(plan.out / "grid.yaml", yaml.safe_dump(plan.grid.resolved(), sort_keys=False, allow_unicode=True))
+    writing.write_text(plan.out / _RESOLVED, yaml.safe_dump(plan.grid.resolved(), sort_keys=False, allow_unicode=True))
     for name, records in plan.records.items():
         writing.write_jsonl(plan.out / name, records)
 

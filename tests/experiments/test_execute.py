@@ -14,7 +14,7 @@ import cora_cli
 from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.experiments.estimate import Estimate, steps_that_fit
-from cora_cli.experiments.execute import Execution, Outcome, done_steps, refuse_conflicts, write_plan
+from cora_cli.experiments.execute import Execution, Outcome, done_steps, refuse_conflicts, refuse_other_grid, write_plan
 from cora_cli.experiments.launch import Job, LocalLauncher
 from cora_cli.experiments.plan_text import summary
 from cora_cli.experiments.screen import Screen, duration
@@ -472,3 +472,12 @@ def test_a_link_in_the_place_of_a_run_fails_that_run_by_name_and_is_not_followed
     outcome, _ = carry_out(plan, rows=[LORA])
     assert f"{place} is a symbolic link to" in outcome.failed[f"train-{LORA}"]
     assert (tmp_path / "elsewhere" / "log.jsonl").exists()
+
+
+def test_a_grid_file_in_the_output_directory_is_not_replaced_by_the_resolved_grid(plan: Plan) -> None:
+    refuse_other_grid(plan.out)
+    write_plan(plan)
+    refuse_other_grid(plan.out)
+    (plan.out / "plan.json").unlink()
+    with pytest.raises(CoraError, match=r"grid.yaml would be replaced by the resolved grid.*--output-dir, or rename the file"):
+        refuse_other_grid(plan.out)
