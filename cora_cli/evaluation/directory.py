@@ -10,6 +10,7 @@ from cora_cli import records as shapes
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.progress import say
+from cora_cli.reading import read_json
 from cora_cli.rundir import EvaluationDirectory
 
 REPLACEMENT = ".replacement"
@@ -87,17 +88,23 @@ def predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any],
     return False
 
 
+def _is_of_another_program(metrics: Path) -> bool:
+    with contextlib.suppress(CoraError):
+        return "metrics" not in read_json(metrics, dict[str, Any])
+    return False
+
+
 def check_nothing_is_lost(config: EvaluateConfig, path: Path, out: EvaluationDirectory) -> None:
     """Raise `CoraError` if the metrics of the predictions at `path` would replace others in `out`, unless `overwrite` is on.
 
-    A directory that holds predictions is never given the metrics of other ones.
+    A directory that holds predictions is never given the metrics of other ones, nor do they replace another program's file without `overwrite`.
     """
     hashes = shapes.answers_hashes(path)
     recorded: dict[str, Any] = {}
     if out.metrics.exists():
         with contextlib.suppress(CoraError):  # a damaged file is replaced
             recorded = shapes.read_metrics(out)
-    if out.root.resolve() != path.parent.resolve():
+    if path.resolve() != out.predictions.resolve():
         if out.predictions.exists() and hashing.sha256_file(out.predictions) != hashes[0]:
             raise CoraError(f"{out.root} holds the evaluation of other predictions than {path}; choose another --output-dir")
         there = [file.name for file in (out.metrics, out.scores) if file.exists()]
@@ -106,6 +113,8 @@ def check_nothing_is_lost(config: EvaluateConfig, path: Path, out: EvaluationDir
                 f"{out.root} holds {' and '.join(there)} of other predictions than {path}; choose another --output-dir, or replace them with "
                 "--overwrite"
             )
+    elif not config.overwrite and _is_of_another_program(out.metrics):
+        raise CoraError(f"{out.metrics} is of another program; choose another --output-dir, or replace it with --overwrite")
     if config.overwrite or recorded.get("predictions_sha256") not in hashes:
         return
     if (variant := recorded.get("metric_variant", "ours")) != config.metric_variant:

@@ -293,6 +293,24 @@ def test_the_metrics_of_other_predictions_are_not_replaced_unasked(tmp_path: Pat
     assert contents(tmp_path / "out") != before
 
 
+def test_neither_two_files_of_answers_in_one_folder_nor_another_program_lose_their_metrics_unasked(tmp_path: Path) -> None:
+    def scored(name: str, **settings: Any) -> None:
+        writing.write_jsonl(tmp_path / f"{name}.jsonl", [{"prediction": name, "reference": "one"}])
+        evaluate(EvaluateConfig(from_predictions=str(tmp_path / f"{name}.jsonl"), **{**SCORING, **settings}))
+
+    scored("one")
+    with pytest.raises(
+        CoraError, match=r"holds metrics.json and scores.jsonl of other predictions than .*two.jsonl; .*--overwrite"
+    ):
+        scored("two")
+    scored("two", output_dir=str(tmp_path / "two"))
+    (tmp_path / "metrics.json").write_text('{"accuracy": 0.5}')
+    with pytest.raises(CoraError, match=r"metrics.json is of another program; .*--overwrite"):
+        scored("predictions")
+    scored("predictions", overwrite=True)
+    scored("predictions")
+
+
 def test_a_chat_template_that_changed_after_the_training_is_said(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
