@@ -282,6 +282,15 @@ def read_basis(path: Path) -> Basis:
     return basis
 
 
+def holds_other_tensors(path: Path) -> bool:
+    """Whether a file is a complete one of `safetensors` and no basis, such as the weights of a model."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return _METADATA_KEY not in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
 def _record(basis: Basis) -> dict[str, Any]:
     """The JSON metadata of a basis file."""
     return {

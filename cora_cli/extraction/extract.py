@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from cora_cli.adapters.base import say_different_bases, say_other_base
-from cora_cli.basis.artifact import Basis, LayerEnergy, SourceRecord, write_basis
+from cora_cli.basis.artifact import Basis, LayerEnergy, SourceRecord, holds_other_tensors, write_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.extraction.decompose import decompose
@@ -169,6 +169,10 @@ def check_place(
             file.resolve() for file in [*(model.weight_files() if model.has_weights else ()), *model.path.glob("*.json")]
         }:
             raise CoraError(f"{output} is a file of {model.reference}, which is read; write the basis to another file")
+    if output.exists() and holds_other_tensors(output):
+        raise CoraError(
+            f"{output} holds tensors and is no basis, so --overwrite does not replace it; choose another name, or remove it"
+        )
     if base is not None and choices.source == "weights" and not any(model.is_adapter for model in models):
         raise UsageError("--base has no effect on complete models with --source weights; leave it out, or use --source delta")
 

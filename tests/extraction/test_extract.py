@@ -113,6 +113,15 @@ def test_an_existing_file_is_kept_unless_overwrite_is_said(grouped_models, tmp_p
     assert read_basis(output).rank == 2
 
 
+def test_weights_of_a_model_are_not_replaced_by_a_basis_even_with_overwrite(grouped_models, tmp_path):
+    output = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(2, 2)}, output)
+    before = output.read_bytes()
+    with pytest.raises(CoraError, match="holds tensors and is no basis"):
+        extract_basis([local(grouped_models[0])], output, BasisChoices(rank=2), None, CPU, overwrite=True)
+    assert output.read_bytes() == before
+
+
 def test_a_directory_is_no_place_for_a_basis_even_with_overwrite(grouped_models, tmp_path):
     with pytest.raises(CoraError, match="is a directory"):
         extract_basis([local(grouped_models[0])], tmp_path, BasisChoices(rank=2), None, CPU, overwrite=True)
