@@ -130,6 +130,8 @@ def extract_basis(
     sources = [open_source(model, base_source) for model in models]
     subtracted = base_source if choices.source == "delta" else None
     groups = plan(sources, subtracted, choices)
+    for source in sources:
+        source.say_left_out(choices.target_modules)
     basis, seconds_decomposing = _extract(groups, sources, subtracted, choices, output, device)
     for one, other in itertools.combinations(basis.sources, 2):
         if one.hash == other.hash:

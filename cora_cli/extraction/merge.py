@@ -248,8 +248,6 @@ def _common_targets(sources: Sequence[WeightSource], choices: BasisChoices) -> d
     """Target module -> (out, in). Raises `CoraError` naming the difference if two sources differ in these."""
     first, *others = sources
     modules = first.targets(choices.target_modules)
-    for source in sources:
-        source.say_left_out(choices.target_modules)
     for other in others:
         names = set(other.targets(choices.target_modules))
         if different := names.symmetric_difference(modules):

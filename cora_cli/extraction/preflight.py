@@ -33,6 +33,8 @@ def preflight(
     sources = [open_planned(model, base_source) for model in models]
     subtracted = base_source if choices.source == "delta" else None
     groups = plan(sources, subtracted, choices)
+    for source in sources:
+        source.say_left_out(choices.target_modules)
     modules = [module for group in groups for module in group.modules]
     passes = 2 if any(len(group.modules) > 1 for group in groups) else 1
     reads = {

@@ -30,6 +30,8 @@ def preflight(
         raise UsageError("--dry-run plans the reading of models, and only basis files are named; leave it out")
     choices = BasisChoices(merge="gram", rank=asked.rank, side=asked.side, target_modules=asked.targets)
     groups = plan(sources, asked.base_source, choices)
+    for source in sources:
+        source.say_left_out(choices.target_modules)
     modules = [module for group in groups for module in group.modules]
     # With a base, a second pass compares the groups of models that the first one finds.
     passes = 2 if asked.base_source is not None and len(asked.models) > 1 else 1

@@ -74,8 +74,8 @@ class WeightSource(abc.ABC):
         """Say which weights that `target_modules` match are not read, and which changes are no part of any weight."""
         if left_out := [key for key in self.skipped if any(is_target(key.removesuffix(".weight"), t) for t in target_modules)]:
             say(
-                f"{self.reference}: {len(left_out)} weights are left out, such as {left_out[0]}: they are no layers of the language model "
-                "that an adapter changes"
+                f"{self.reference}: weights that are left out, since they belong to no layer of the language model that an adapter changes: "
+                f"{len(left_out)}, such as {left_out[0]}"
             )
         if self.biases:
             say(
