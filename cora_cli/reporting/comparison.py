@@ -1,12 +1,13 @@
 """One comparison of the verdict, its outcome in words, and the kinds of method that the verdict tells apart."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.methods.registry import BASELINE, METHODS
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, UNDECIDED, WORSE, Test
+from cora_cli.reporting.report_rows import Row
 from cora_cli.reporting.statistics import EXAMPLES, Difference, MethodResults
 from cora_cli.reporting.training_conditions import differing_conditions
 
@@ -26,7 +27,8 @@ class Comparison:
 
     `control` marks the line below an informed B's comparison with LoRA: the random B compared with the same LoRA. `baseline` marks the
     comparison of another method with LoRA, which says nothing about an informed B. `uncontrolled` marks an informed B's comparison with LoRA for
-    which there is no random control, so that it says nothing about the information in B.
+    which there is no random control, so that it says nothing about the information in B. `lost` says, in words, how many trainings of either method
+    diverged; empty where none did.
     """
 
     one: MethodResults
@@ -36,6 +38,7 @@ class Comparison:
     control: bool = False
     baseline: bool = False
     uncontrolled: bool = False
+    lost: str = ""
 
     def sentence(self) -> str:
         """The outcome in words, with the differences that were shown, and that of the held-out loss in any case."""
@@ -49,6 +52,8 @@ class Comparison:
             elif tests:
                 said.append(f"{word} in {', '.join(f'{title(test.measure)} ({_amount(test)})' for test in tests)}")
         notes = dict.fromkeys(note for test in self.tests for note in (test.obstacle, _seeds_in_words(test.found)) if note)
+        if self.lost:
+            notes[self.lost] = None
         if self.uncontrolled:
             notes[NO_CONTROL] = None
         if unlike := _not_trained_alike(self.one, self.other):
@@ -62,6 +67,18 @@ class Comparison:
     def test(self, measure: str) -> Test | None:
         """The test in one measure, if both methods have it."""
         return next((test for test in self.tests if test.measure == measure), None)
+
+
+def lost_trainings(methods: Iterable[MethodResults], diverged: Collection[Row]) -> str:
+    """In words, how many trainings of the methods at their learning rates are among the `diverged`, so that only the others are compared; empty for none."""
+    found = []
+    for method in methods:
+        row = method.first.row
+        if count := sum((one.identity, one.learning_rate) == (row.identity, row.learning_rate) for one in diverged):
+            found.append(
+                f"without {count} of {count + len(method.results)} trainings of {method.name}, which diverged, so that it may look better than it is"
+            )
+    return "; ".join(found)
 
 
 def plan_of(method: MethodResults) -> dict[str, object]:

@@ -116,7 +116,7 @@ def _summarise_group(name: str, results: Sequence[Result], diverged: Sequence[Ro
     sweeps = tuple(swept for swept in experiment.sweeps if swept["method"][0] == name)
     rates = rates_of(methods, sweeps, diverged)
     best = best_methods(chosen, measures, rates, experiment.looks)
-    verdict = judge(chosen, measures, rates, experiment.margin, experiment.looks)
+    verdict = judge(chosen, measures, rates, experiment.margin, experiment.looks, diverged)
     by = VALIDATION if sweeps else selected_by
     return Group(name, lines, measures, best, by, verdict, rates, sweeps, tuple(diverged))
 

@@ -5,7 +5,7 @@ controls, in a family of tests of its own. `outcomes` decides by the rule that t
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from cora_cli.evaluation.metrics import LOWER_IS_BETTER
 from cora_cli.experiments.stage_rules import MIN_SEEDS
@@ -19,6 +19,7 @@ from cora_cli.reporting.comparison import (
     is_informed,
     is_lora,
     is_of_gradient,
+    lost_trainings,
     other_layers,
     plan_of,
     title,
@@ -27,6 +28,7 @@ from cora_cli.reporting.headline import gradient_headline, informed_headline
 from cora_cli.reporting.learning_rate_sweep import RatesByMethod, rate_obstacle, rates_of
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import decide, level_at
+from cora_cli.reporting.report_rows import Row
 from cora_cli.reporting.statistics import LEVEL, Difference, MethodResults, compare, compute_intervals
 
 # Ranks are integers, so the closest LoRA may differ by a few per cent in trained parameters and still count as equal.
@@ -52,10 +54,12 @@ def judge(
     rates: RatesByMethod | None = None,
     margin: Margin = None,
     looks: int | None = None,
+    diverged: Collection[Row] = (),
 ) -> Verdict:
     """The verdict on one group of methods with the same data and evaluation.
 
-    `rates` has the learning rates of the sweeps (default: those of `methods`), `margin` and `looks` are the grid's.
+    `rates` has the learning rates of the sweeps (default: those of `methods`), `margin` and `looks` are the grid's, `diverged` its rows whose
+    training did.
     """
     rates = rates_of(methods) if rates is None else rates
     pairs = [pair for one in methods if is_informed(one) for pair in _controls(one, methods)]
@@ -76,6 +80,10 @@ def judge(
     )
     informed = _mark_uncontrolled(informed)
     baselines = [dataclasses.replace(comparison, baseline=True) for comparison in baselines]
+    informed, data, baselines = (
+        [dataclasses.replace(each, lost=lost_trainings((each.one, each.other), diverged)) for each in family]
+        for family in (informed, data, baselines)
+    )
     headline = " ".join(filter(None, (informed_headline(methods, informed), gradient_headline(methods, data))))
     rule = _rule(tests, data_tests, other_tests, margin, looks)
     return Verdict(headline, (*informed, *data, *baselines), rule)

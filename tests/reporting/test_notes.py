@@ -219,6 +219,16 @@ def test_rates_at_which_trainings_diverged_are_named_and_are_no_failure_of_the_s
     assert "Learning rates not swept alike" in " ".join(report([str(grid)]).split())
 
 
+def test_a_comparison_says_how_many_trainings_of_its_methods_diverged(tmp_path):
+    made = [Made(mode, mode, seed, n_models=n) for seed in range(4) for mode, n in (("lora", None), ("fb", 2))]
+    grid = make_grid(tmp_path / "grid", made, prompts=6)
+    assert "diverged" not in report([str(grid)])
+    place = next(path for path in grid.rglob("run.json") if "-fb_" in str(path))
+    writing.write_json(place, {**read_json(place), "status": "failed", "error": "the loss is nan", "diverged": True})
+    (comparison,) = re.findall(r"- (fb r=4 n=2 compared with lora r=4 .*?\)\.) ", " ".join(report([str(grid)]).split()))
+    assert "without 1 of 4 trainings of fb r=4 n=2, which diverged, so that it may look better than it is" in comparison
+
+
 def test_a_rate_does_not_win_by_the_seeds_that_survived_it(tmp_path):
     losses = {1e-4: 1.2, 1e-3: 1.0, 1e-2: 0.5}
     made = [Made("fb", "fb", seed, loss=loss, rate=rate) for rate, loss in losses.items() for seed in (0, 1)]
