@@ -105,6 +105,8 @@ def _conditions(folder: str, generation: Mapping[str, Any], run: RunDirectory, r
         found.append(f"{folder}: its answers are of merged weights, where rounding lost {lost:.0%} of the adapter's change.")
     if (template := generation.get("template")) not in (None, trained := record["data"]["template"]):
         found.append(f"{folder}: its prompts have the template {template}, those of the training {trained}.")
+    if record["heldout"] and (dtype := settings.get("dtype")) not in (None, measured := record["hardware"]["dtype"]):
+        found.append(f"{folder}: its answers were computed in {dtype}, the losses above in {measured}.")
     return found
 
 

@@ -136,6 +136,8 @@ def test_the_card_says_which_answers_are_of_weights_that_lost_the_change_by_roun
     assert re.findall(
         r"^(\w+): its answers are of merged weights, where rounding lost \d+% of the adapter's change\.", text, re.M
     ) == ["eval"]
+    computed = r"^(\w+): its answers were computed in bf16, the losses above in fp32\.$"
+    assert sorted(re.findall(computed, text, re.MULTILINE)) == ["apart", "eval"]
 
 
 def written(run: Path, there: Path) -> Path:
