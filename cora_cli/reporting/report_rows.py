@@ -123,6 +123,12 @@ def _of_other_evaluations(root: Path, rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def _own_bases(root: Path, steps: Mapping[str, Step]) -> list[Path]:
+    """The basis files of a grid, without those of earlier plans, which no row has; all of them where the plan lists no steps."""
+    own = {root / step.output for step in steps.values()}
+    return [path for path in sorted((root / "bases").glob("*.safetensors")) if path in own or not steps]
+
+
 def _of_later_seeds(before: Sequence[int]) -> list[str]:
     """A sentence on seeds that were planned when results of others existed; `before` has how many these were, each time."""
     if not before:
@@ -174,7 +180,7 @@ def read_plan(root: Path) -> Experiment:
             *_of_later_seeds(plan.get("seeds_before", ())),
         ),
         tuple(rows),
-        tuple(sorted((root / "bases").glob("*.safetensors"))),
+        tuple(_own_bases(root, steps)),
         StepRecords(root, steps) if steps else None,
         plan.get("margin"),
         tuple(plan.get("sweeps", ())),

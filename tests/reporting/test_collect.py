@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import shutil
@@ -8,6 +9,7 @@ import pytest
 
 from cora_cli import writing
 from cora_cli.errors import CoraError
+from cora_cli.experiments.steps import Step
 from cora_cli.models.model_path import ModelPath
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.records import read_sealed, write_sealed
@@ -413,6 +415,16 @@ def test_an_evaluation_in_a_run_that_the_plan_does_not_have_is_left_out_with_a_w
     shutil.copytree(run / "evaluation", run / "eval-there")
     said = f"does not have the evaluation runs/{run.name}/eval-elsewhere and 1 more, which this report leaves out; name it alone to report it."
     assert said in " ".join(read_plan(recorded).conditions)
+
+
+def test_a_basis_of_an_earlier_plan_has_no_part_in_the_figure_of_the_bases(recorded):
+    step = Step("basis-new", "basis", "bases/new.safetensors", {}, (), ())
+    plan = read_json(recorded / "plan.json")
+    writing.write_json(recorded / "plan.json", {**plan, "steps": [*plan["steps"], dataclasses.asdict(step)]})
+    (recorded / "bases").mkdir()
+    for name in ("old", "new"):
+        (recorded / "bases" / f"{name}.safetensors").touch()
+    assert [path.stem for path in read_plan(recorded).bases] == ["new"]
 
 
 def test_evaluations_that_changed_places_are_noticed(recorded):
