@@ -168,9 +168,9 @@ def row_of_run(run: RunDirectory) -> Row:
 
 
 def _models_behind(basis: Mapping[str, Any], model: Mapping[str, Any]) -> int:
-    """How many models a basis is made of, 0 where that is the base `model` alone, which no fine-tuning informs."""
+    """How many different models a basis is made of, 0 where that is the base `model` alone, which no fine-tuning informs."""
     named = [(each["reference"].partition("@")[0], each.get("revision")) for each in (model, *basis["sources"])]
-    return len(basis["sources"]) if len({*named}) > 1 else 0
+    return len({each["hash"] for each in basis["sources"]}) if len({*named}) > 1 else 0
 
 
 def row_of_evaluation(evaluation: EvaluationDirectory) -> Row:

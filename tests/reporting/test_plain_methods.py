@@ -226,7 +226,9 @@ def test_a_basis_of_the_base_model_alone_is_of_no_models_and_not_informed(source
     for run in runs:
         record = unsealed(run / "run.json")
         if record["basis"]:
-            record["basis"]["sources"][0]["reference"] = source or record["model"]["reference"]
+            sources = record["basis"]["sources"]
+            sources[0]["reference"] = source or record["model"]["reference"]
+            sources += [{**sources[0], "reference": f"{source}-copied"}] if source else []
         writing.write_json(run / "run.json", record)
     (experiment,) = find_experiments(list(map(str, runs)))
     assert {row.n_models for row in experiment.rows if row.label == "fb"} == {n_models}

@@ -72,7 +72,8 @@ def load_rubric(reference: str) -> Rubric:
             return _read(path, reference)
     path = Path(reference)
     if not path.is_file():
-        raise UsageError(f"--rubric must be {', '.join(SHIPPED)} or a YAML file, not {reference!r}")
+        found = "is no file" if path.exists() else "does not exist"
+        raise UsageError(f"--rubric must be {', '.join(SHIPPED)} or a YAML file, and {reference!r} {found}")
     return _read(path, path.stem)
 
 

@@ -228,3 +228,5 @@ def test_a_rubric_with_a_fault_is_refused(tmp_path, text, fault) -> None:
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(UsageError, match=re.escape(fault)):
         load_rubric(str(tmp_path / "own.yaml"))
+    with pytest.raises(UsageError, match=r"other\.yaml' does not exist"):
+        load_rubric(str(tmp_path / "other.yaml"))
