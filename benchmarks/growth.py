@@ -240,8 +240,7 @@ def _run_grid(file: Path, out: Path) -> None:
 
 def reported_rows(count: int, directory: Path) -> Work:
     """`cora report` of `count` finished rows in all formats: a tiny grid with three seeds whose LoRA is copied under other labels."""
-    from cora_cli.experiments.sealed import PLAN, read_sealed, write_sealed
-
+    from cora_cli.records import PLAN, read_sealed, write_sealed
     from cora_cli.reporting.report import report
 
     root = directory / "out"
@@ -261,7 +260,7 @@ def reported_rows(count: int, directory: Path) -> Work:
 
 def _copy_row(root: Path, plan: dict[str, Any], row: dict[str, Any], label: str) -> None:
     """Add a copy of a finished row to the plan, with its files and the records of its steps, under a label of its own."""
-    from cora_cli.experiments.sealed import read_sealed, write_sealed
+    from cora_cli.records import read_sealed, write_sealed
 
     moved = {row["run"]: f"{row['run']}-{label}"}
     shutil.copytree(root / row["run"], root / moved[row["run"]])
