@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 from peft import __version__ as PEFT_VERSION
 from transformers import PreTrainedModel
 
@@ -18,10 +18,13 @@ from cora_cli.progress import say
 
 _KINDS = {str(name.value): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 """PEFT's classes of configurations by `peft_type`."""
+DEFAULT_ALPHA = LoraConfig.lora_alpha
+"""The alpha of a LoRA whose configuration has none."""
 
 
 def say_unknown_settings(adapter: ModelPath) -> None:
-    """Say which settings of an adapter the installed PEFT does not know: it loads the adapter as if they were not there."""
+    """Say which settings of an adapter the installed PEFT does not know, since it loads the adapter as if they were not there, and where the scale of a LoRA
+    is PEFT's default."""
     config = adapter.adapter_config()
     kind = _KINDS.get(config.get("peft_type") or "")
     known = {field.name for field in dataclasses.fields(kind)} if kind is not None else config.keys()
@@ -30,6 +33,8 @@ def say_unknown_settings(adapter: ModelPath) -> None:
             f"adapter {adapter.path}: adapter_config.json sets {', '.join(unknown)}, which the installed PEFT {PEFT_VERSION} does not know and "
             "leaves out; a newer one may compute something else"
         )
+    if kind is LoraConfig and "lora_alpha" not in config:
+        say(f"adapter {adapter.path}: adapter_config.json has no lora_alpha; PEFT's default, {DEFAULT_ALPHA}, is used")
 
 
 def say_weights_beside(adapter: ModelPath) -> None:

@@ -17,7 +17,7 @@ from cora_cli import hashing, rundir
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts, starting_b
 from cora_cli.adapters.loading import check_start
-from cora_cli.adapters.peft_settings import say_unknown_settings, say_weights_beside
+from cora_cli.adapters.peft_settings import DEFAULT_ALPHA, say_unknown_settings, say_weights_beside
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import check_is_complete
 from cora_cli.errors import CoraError, reason
@@ -163,7 +163,7 @@ class AdapterFactors:
                 )
             if rank < 1:
                 raise CoraError(f"{self.reference}: {module} has rank 0; the adapter is empty or damaged")
-            alpha = _pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
+            alpha = _pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", DEFAULT_ALPHA))
             self._out[module] = out_features
             if not alpha:
                 stated = "no lora_alpha" if alpha is None else f"lora_alpha 0 for {module}, which leaves its weight as it is"

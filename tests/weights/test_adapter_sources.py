@@ -238,6 +238,15 @@ def test_an_adapter_that_names_no_base_asks_for_one(copy):
         open_source(local(copy))
 
 
+def test_a_lora_without_alpha_has_the_default_of_peft_as_it_has_in_peft_and_it_is_said(copy, capsys):
+    change_config(copy, lora_alpha=8)
+    expected = open_source(local(copy)).read(Q0)
+    file = copy / "adapter_config.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "lora_alpha"}))
+    assert torch.equal(open_source(local(copy)).read(Q0), expected)
+    assert "adapter_config.json has no lora_alpha; PEFT's default, 8, is used" in capsys.readouterr().err
+
+
 def test_the_content_hash_covers_factors_scale_and_base(copy, plain, grouped_models):
     original = open_source(local(plain)).content_hash([Q0])
     other_base = open_source(local(plain), open_source(local(grouped_models[1]))).content_hash([Q0])
