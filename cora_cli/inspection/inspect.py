@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cora_cli import writing
 from cora_cli.adapters.base import base_of, check_base, say_different_bases, say_other_base
 from cora_cli.basis.artifact import Basis, differing_key, read_basis
 from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side
@@ -264,13 +265,13 @@ def _refuse_copies(models: dict[str, WeightSource], targets: tuple[str, ...]) ->
 
 
 def short_names(references: Sequence[str]) -> list[str]:
-    """The shortest path suffix that identifies each reference, such as `json` for `demo/models/json`."""
+    """The shortest path suffix that identifies each reference, such as `json` for `demo/models/json`, as text that figures can show."""
     names: list[str] = []
     for reference in references:
         parts = Path(reference).parts
         ends = ["/".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
         alone = (end for end in ends if end != BASE and sum(_ends_with(other, end) for other in references) == 1)
-        names.append(next(alone, reference))
+        names.append(writing.utf8(next(alone, reference)))
     return names
 
 

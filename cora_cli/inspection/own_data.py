@@ -28,6 +28,7 @@ from cora_cli.records import read_run, template_date
 from cora_cli.rundir import RunDirectory
 from cora_cli.settings import TemplateName
 from cora_cli.weights.sources import WeightSource
+from cora_cli.writing import utf8
 
 OWN = "own"
 """The value of --data for which each run is scored on the records that it held out."""
@@ -87,7 +88,7 @@ def _requests(requests: Sequence[str], models: Mapping[str, ModelPath]) -> dict[
         if text == OWN:
             continue
         # A name may contain an equals sign, as directories of runs do.
-        name = max((name for name in models if text.startswith(f"{name}=")), key=len, default=None)
+        name = max((name for name in models if utf8(text).startswith(f"{name}=")), key=len, default=None)
         if name is None:
             raise UsageError(
                 f"--data {text} names no inspected model; write NAME=DATASET with a NAME of {', '.join(models)}, or {OWN} for runs of "
@@ -95,7 +96,7 @@ def _requests(requests: Sequence[str], models: Mapping[str, ModelPath]) -> dict[
             )
         if name in given:
             raise UsageError(f"--data names {name} twice; name it once")
-        dataset = text.removeprefix(f"{name}=")
+        dataset = text.split("=", name.count("=") + 1)[-1]
         if not dataset:
             raise UsageError(f"--data {text} names no data set; write {name}=DATASET")
         source = RunDirectory(Path(dataset).expanduser())

@@ -20,8 +20,8 @@ class SacreBleu(Metric):
 
     name = "sacrebleu"
     blind_spot = (
-        "have fewer tokens than the four that BLEU counts together, which leaves nothing to count, or no spaces between words, so that a phrase "
-        "counts as one: even good answers may score 0; for a language without spaces choose --bleu-tokenize"
+        "have fewer tokens than the four that BLEU counts together, which leaves nothing of that length to count, or no spaces between words, so "
+        "that a phrase counts as one: even good answers may score low, or 0; for a language without spaces choose --bleu-tokenize"
     )
 
     def __init__(self, tokenize: str = "13a", as_evaluate: bool = False) -> None:
@@ -49,12 +49,11 @@ class SacreBleu(Metric):
         return bleu_of_counts(statistics, effective_order=True)
 
     def unscorable(self, references: Sequence[str]) -> int:
-        """All references if none has the n-grams of the highest order, without which corpus BLEU is 0; else those in scripts without spaces that
-        the tokenizer does not divide."""
-        if not self.statistics(references, references)[:, -1].any():
-            return len(references)
+        """References without n-grams of the highest order, and those in scripts without spaces that the tokenizer does not divide."""
+        is_short = self.statistics(references, references)[:, -1] == 0
         # `zh` divides Chinese characters alone, `char` all.
-        return sum(has_no_spaces(self._sentence.tokenizer(reference)) for reference in references)
+        divided = [self._sentence.tokenizer(reference) for reference in references]
+        return sum(bool(short) or has_no_spaces(text) for short, text in zip(is_short, divided, strict=True))
 
     def signature(self) -> str:
         """The signature that `sacrebleu` itself prints for the corpus value."""
