@@ -105,7 +105,8 @@ def check_nothing_is_lost(config: EvaluateConfig, path: Path, out: EvaluationDir
         with contextlib.suppress(CoraError):  # a damaged file is replaced
             recorded = shapes.read_metrics(out)
     if path.resolve() != out.predictions.resolve():
-        if out.predictions.exists() and hashing.sha256_file(out.predictions) != hashes[0]:
+        is_other = out.predictions.exists() and hashing.sha256_file(out.predictions) != hashes[0]
+        if is_other and "copied_from" not in recorded:
             raise CoraError(f"{out.root} holds the evaluation of other predictions than {path}; choose another --output-dir")
         there = [file.name for file in (out.metrics, out.scores) if file.exists()]
         if there and recorded.get("predictions_sha256") not in hashes and not config.overwrite:

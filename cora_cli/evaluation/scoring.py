@@ -5,6 +5,7 @@
 
 import dataclasses
 import importlib.metadata
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def score(
     executor: Executor | None,
     problems: list[Problem] | None = None,
 ) -> Evaluation:
-    """Score the predictions at `path` and write the results to `out`; with an `executor`, run them as the answers to the `problems`.
+    """Score the predictions at `path` and write the results to `out`, with a copy of predictions from elsewhere, by which the results can be checked;
+    with an `executor`, run them as the answers to the `problems`.
 
     Raises `CoraError` if the file is damaged, or is not the one that `generation` describes.
     """
@@ -100,6 +102,10 @@ def score(
         tokens=tokens_of(lines, path) if config.measures_calibration else None,
     )
     proxies = readability(list(map(programs_of, lines)), config.bootstrap, config.seed) if config.readability else None
+    is_copied = path.resolve() != out.predictions.resolve()
+    if is_copied:
+        with writing.atomic_path(out.predictions) as copy:
+            shutil.copyfile(path, copy)
     writing.write_jsonl(
         out.scores, [{key: values[index] for key, values in report.per_example.items()} for index in range(len(lines))]
     )
@@ -109,6 +115,7 @@ def score(
         "metric_variant": config.metric_variant,
         "metrics": report.metrics,
         "predictions_sha256": predictions_sha256,
+        **({"copied_from": str(writing.absolute(path))} if is_copied else {}),
         "scores_sha256": hashing.sha256_file(out.scores),
         "generation": generation,
         **({"fates": fates} if fates else {}),

@@ -120,13 +120,14 @@ class Bootstrap(TypedDict):
 
 
 class Metrics(TypedDict):
-    """`metrics.json`."""
+    """`metrics.json`; `copied_from` is the place of the predictions that were scored, where a copy of them was put next to it."""
 
     format: NotRequired[Literal[1]]
     name: str
     metric_variant: NotRequired[str]
     metrics: dict[str, Metric]
     predictions_sha256: str
+    copied_from: NotRequired[str]
     scores_sha256: NotRequired[str]
     bootstrap: NotRequired[Bootstrap]
     generation: UsedGeneration

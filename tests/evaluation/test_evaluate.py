@@ -383,11 +383,12 @@ def test_metrics_are_recomputed_from_predictions_without_a_model(
     first = evaluate_run(run)
     monkeypatch.setattr(backend, "load_model", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setattr(module, "load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
-    for output in (None, str(tmp_path / "elsewhere")):
-        config = EvaluateConfig(from_predictions=str(run / "eval" / "predictions.jsonl"), output_dir=output, **SCORING)
+    predictions = str(run / "eval" / "predictions.jsonl")
+    for output, more in ((None, {}), (str(tmp_path / "elsewhere"), {"copied_from": predictions})):
+        config = EvaluateConfig(from_predictions=predictions, output_dir=output, **SCORING)
         # The full record: it still has the run and settings of the predictions.
-        assert evaluate(config)[0].record == first.record
-    for name in ("metrics.json", "scores.jsonl"):
+        assert evaluate(config)[0].record == first.record | more
+    for name in ("predictions.jsonl", "scores.jsonl"):
         assert (tmp_path / "elsewhere" / name).read_bytes() == (run / "eval" / name).read_bytes()
 
 

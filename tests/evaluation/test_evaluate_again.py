@@ -17,6 +17,7 @@ from cora_cli.evaluation.decode import PooledDecoder
 from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.evaluation.targets import find_targets
 from cora_cli.models.references import resolve_model
+from cora_cli.publishing.verify import verify
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
@@ -291,6 +292,15 @@ def test_the_metrics_of_other_predictions_are_not_replaced_unasked(tmp_path: Pat
             scored("one", "three", overwrite=overwrite)
     scored("two", "out", overwrite=True)
     assert contents(tmp_path / "out") != before
+
+
+def test_what_was_scored_from_another_folder_can_be_verified_and_scored_again(tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    for text, settings in (("one", {}), ("two", {"overwrite": True})):
+        writing.write_jsonl(answers, [{"prediction": text, "reference": "one"}])
+        evaluate(EvaluateConfig(from_predictions=str(answers), output_dir=str(tmp_path / "out"), **{**SCORING, **settings}))
+        assert any("computed again, as recorded" in sentence for sentence in verify(tmp_path / "out"))
+        assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == answers.read_bytes()
 
 
 def test_neither_two_files_of_answers_in_one_folder_nor_another_program_lose_their_metrics_unasked(tmp_path: Path) -> None:
