@@ -248,7 +248,7 @@ def _points(inspection: Inspection) -> Table:
         "models, the leave-one-out bases of the same kind stand in for it. loss: held-out loss in nats per response token, mean over the runs that "
         "started from this B. Only seeds that were run with every basis of the same group count, because the seed also draws a random B. Spearman's ρ "
         "is taken over bases, with the interval by Fisher's z and the standard error of Bonett and Wright (2000). Runs that share data are not "
-        "independent, and the intervals are not corrected for multiple comparisons.",
+        "independent, and the intervals are not corrected for multiple comparisons. rates tried: a rate by which a grid widened a sweep is not counted.",
     )
     return Table(
         "Prediction: the capture of each basis and the loss of its runs",

@@ -50,8 +50,8 @@ class UsedBasis:
 
     `directions` has one entry, or one per seed for a random B (`_draw`). The draws of a random B count as one basis, because the seed also sets
     the order of the data and the two effects cannot be separated. `losses` holds (seed, held-out loss) of the runs of one `stratum`:
-    same data, model, mode, ranks and settings, at the chosen learning rate. `learning_rate` is the chosen one of `rates`. `model` is the
-    model that the runs trained, with the hash of its weights.
+    same data, model, mode, ranks and settings, at the chosen learning rate. `learning_rate` is the chosen one of `rates`, or the rate
+    by which a grid widened its sweep, which is not among them. `model` is the model that the runs trained, with the hash of its weights.
     """
 
     name: str
