@@ -251,7 +251,8 @@ def _loading(found: ModelPath, record: Mapping[str, Any], name: str) -> str:
         lines.append(f"PEFT, transformers and vLLM cannot load it as it is stored; {other}.")
         if _is_compact(found):
             lines.append("B is not stored: `--basis` names the basis file, or the seed gives it.")
-        return "\n\n".join([*lines, f"    cora evaluate --model {name} --dataset DATA -o EVALUATION"])
+        where = "" if _base(record) else f" --base {base}"
+        return "\n\n".join([*lines, f"    cora evaluate --model {name}{where} --dataset DATA -o EVALUATION"])
     lines.append(
         "With PEFT:\n\n"
         "```python\n"
@@ -303,7 +304,7 @@ def _origin(record: Mapping[str, Any]) -> str:
     listed = "\n".join(f"- SHA-256 of {what}: {_code(digest)}" for what, digest in hashes.items())
     return (
         f"Trained by {used}{f'; begun with {before}' if before else ''}.\n\n{listed}\n\n"
-        "These hashes are over names and hashes of files. `cora verify DIR` computes those of a published run again, and its losses and metrics."
+        "These hashes are over names and hashes of files. Of a published run, `cora verify DIR` computes that of what it trained again, and its losses and metrics."
     )
 
 

@@ -150,6 +150,8 @@ def test_the_card_says_which_programs_cannot_load_the_form(
     text = (RunDirectory(tmp_path / "run").result / "README.md").read_text(encoding="utf-8")
     assert metadata(text)["library_name"] == library
     assert says in text
+    # The base model is a directory, which another machine has elsewhere. Its file names `BASE` only next to code that takes it.
+    assert ("cora evaluate --model PATH --base BASE --dataset DATA" in text) is (library == "cora")
     # What the method's summary says of B is not what a run with a random one has.
     assert ("# fb orthonormal adapter of tiny" in text) is ("b_init" in settings)
     assert ("- start: B as orthonormal instead of basis in this run\n" in text) is ("b_init" in settings)
