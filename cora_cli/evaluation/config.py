@@ -1,6 +1,7 @@
 """The settings of `cora evaluate`, and the checks that need only their values."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,15 @@ def check_run(name: str) -> None:
     """Raise `CoraError` if there is no run of `cora train` in the directory `name`."""
     run = RunDirectory(Path(name))
     if not run.exists():
+        if not run.root.exists():
+            raise CoraError(
+                f"{name} does not exist; name run directories of `cora train`. To evaluate a model of the hub: "
+                f"cora evaluate --model {name} --dataset FILE -o DIR."
+            )
+        if below := sorted(str(record.parent) for record in run.root.glob(f"*/{run.record.name}")):
+            raise CoraError(
+                f"{name} is not a cora run (no {run.record.name}); name the runs below it, such as: cora evaluate {shlex.join(below[:2])}"
+            )
         raise CoraError(
             f"{name} is not a cora run (no {run.record.name}). To evaluate a model or adapter: "
             f"cora evaluate --model {name} --dataset FILE -o DIR."

@@ -305,7 +305,7 @@ def test_values_and_flags_that_do_not_exist_exit_2(arguments: list[str]) -> None
 
 
 def test_missing_files_exit_1_with_one_line(tmp_path: Path, predictions: Path) -> None:
-    assert_one_line(cora(tmp_path / "nowhere"), 1, "is not a cora run")
+    assert_one_line(cora(tmp_path / "nowhere"), 1, "does not exist; name run directories of `cora train`")
     assert_one_line(cora("--from", tmp_path / "nowhere.jsonl"), 1, "is not a file")
     model = ("--model", tmp_path / "nowhere", "--dataset", "builtin:code", "-o", tmp_path / "out")
     assert_one_line(cora(*model), 1, "neither a directory on this disk nor a hub id")

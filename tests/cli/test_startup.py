@@ -88,7 +88,7 @@ REFUSED = {
     "extract-basis ./gone -o basis.safetensors": "model './gone' is neither",
     "inspect gone.safetensors": "gone.safetensors does not exist",
     "merge ./gone -o out": "model './gone' is neither",
-    "evaluate gone": "gone is not a cora run (no run.json)",
+    "evaluate gone": "gone does not exist; name run directories of `cora train`",
     "evaluate --from gone.jsonl": "gone.jsonl is not a file; --from needs the predictions.jsonl of an evaluation",
     "report gone": "gone does not exist; name the output directory",
     "doctor --output out.json": "--output has no effect without --gpu-check; add --gpu-check",

@@ -267,11 +267,14 @@ def test_directories_without_a_finished_run_are_refused_before_a_model_is_loaded
     run: Path, trained: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    for name in ("empty", "nowhere"):
-        with pytest.raises(
-            CoraError,
-            match=rf"{name} is not a cora run \(no run\.json\)\. To evaluate a model or adapter: .*--model .*{name} --dataset FILE",
-        ):
+    shutil.copytree(trained["fb"], tmp_path / "runs" / "fb")
+    said = {
+        "empty": r"empty is not a cora run \(no run\.json\)\. To evaluate a model or adapter: .*--model .*empty --dataset FILE",
+        "nowhere": r"nowhere does not exist; name run directories of `cora train`\. .*--model .*nowhere --dataset FILE",
+        "runs": r"runs is not a cora run \(no run\.json\); name the runs below it, such as: cora evaluate .*runs/fb$",
+    }
+    for name, why in said.items():
+        with pytest.raises(CoraError, match=why):
             evaluate(EvaluateConfig(runs=(str(trained["fb"]), str(tmp_path / name)), **FAST))
     record = RunDirectory(run).record
     writing.write_json(record, {**unsealed(record), "status": "failed"})
