@@ -97,7 +97,8 @@ def _basis(runs: Sequence[dict[str, Any]]) -> list[str]:
         return []
     choices = _listed(_choice(basis["choices"]) for basis in found.values())
     sources = _listed(
-        f"{len(basis['sources'])} ({', '.join(_source(s) for s in basis['sources'])})" for basis in found.values()
+        f"{len(basis['sources'])} model{'s' if len(basis['sources']) > 1 else ''} ({', '.join(_source(s) for s in basis['sources'])})"
+        for basis in found.values()
     )
     hashes = _listed(_short(sha256) for sha256 in found)
     return [f"{len(found)} basis file{'s' if len(found) > 1 else ''} (sha256 {hashes}): {choices}; from {sources}."]

@@ -138,16 +138,18 @@ def _rule(tests: int, data_tests: int, other_tests: int, margin: Margin, looks: 
         "of the B from the gradient": data_tests,
         "that compare other methods with LoRA": other_tests,
     }
-    counted = [f"the {count} {name}" for name, count in families.items() if count] or [
-        "the tests of this verdict, of which there are none"
-    ]
-    family = ", and separately over ".join(counted)
+    counted = [f"the {count} {name}" for name, count in families.items() if count]
+    family = (
+        f"over {', and separately over '.join(counted)} (those that have a p-value)"
+        if counted
+        else "over the tests that have a p-value (here none)"
+    )
     return (
         "Rule: seeds and records are both random and crossed; a difference has the variance σ²(seed)/S + σ²(record)/R + "
-        f"σ²(interaction)/(S·R). Better or worse: p < {LEVEL:g} after Holm's correction over {family} (those that have a p-value), "
+        f"σ²(interaction)/(S·R). Better or worse: p < {LEVEL:g} after Holm's correction {family}, "
         f"however small the difference. Equivalent: otherwise, if the 90 % interval lies inside ± the margin ({margins}; there is none without a base model, or where training gained nothing). Otherwise "
-        f"undecided, which does not mean equal. Nothing is decided with fewer than {MIN_SEEDS} seeds on a side, nor where the learning "
-        "rates were not swept alike, with equally many on both sides, and more than one, over ranges of about one width, and the chosen one inside its range, not at an edge. The "
+        f"undecided, which does not mean equal. Nothing is decided with fewer than {MIN_SEEDS} seeds on a side, nor unless the learning "
+        "rates were swept alike: equally many on both sides, more than one, over ranges of about the same width, and the chosen one not at the edge of its range. The "
         "intervals are not corrected for multiple tests. would decide: about how many more seeds per method, or more records, if the "
         "difference and the variances stayed as estimated; – if neither would within reason. A B gets credit for its information only "
         "where it is also better than a random B." + _looks_in_words(looks)

@@ -51,6 +51,17 @@ def test_full_fine_tuning_alone_has_neither_a_rank_nor_target_modules():
     assert "target modules" not in text
 
 
+def test_the_number_before_a_basis_files_sources_says_that_it_counts_models():
+    def basis(*names: str) -> dict[str, Any]:
+        choices = {key: key for key in ("share", "merge", "source", "side", "method", "component", "rank")}
+        return {"basis": {"sha256": names[0] * 64, "choices": choices, "sources": [{"reference": name} for name in names]}}
+
+    rows = [
+        result(f"fb {seed}", record={**run(seed), **basis(*names)}, **{LOSS: LOSSES}) for seed, names in enumerate(("ab", "c"))
+    ]
+    assert "; from 2 models (a, b) / 1 model (c)." in paragraph(*rows)
+
+
 def test_draws_dropout_and_a_base_in_four_bits_are_named():
     drawn = dataclasses.replace(
         result("scalabl", record=run(0, dropout=0.1, load_in_4bit=True), **{LOSS: LOSSES}),

@@ -373,7 +373,7 @@ def test_the_note_of_the_tests_names_rates_that_were_not_swept_alike_and_rates_a
         "Best learning rate at the edge of the sweep, so that a better one may lie outside it, and neither better, worse nor equivalent: "
         "fb r=4 n=2 and fb orthonormal r=4 (that of fb orthonormal r=4)." in notes
     )
-    assert "Nothing is decided with fewer than 3 seeds on a side, nor where the learning rates were not swept alike" in notes
+    assert "Nothing is decided with fewer than 3 seeds on a side, nor unless the learning rates were swept alike: " in notes
     assert "No random control" not in notes
 
 

@@ -391,6 +391,13 @@ def test_tests_without_a_p_value_are_not_among_those_that_the_rule_counts():
     assert min(test.p_holm for test in tests if test.p_holm is not None) == pytest.approx(3 * smallest)
 
 
+def test_a_verdict_without_a_p_value_says_so_in_its_rule():
+    verdict = verdict_of(base(), runs("fb", FB, 0.5, seeds=(0,)), lora(0.6, seeds=(0,)))
+    assert (
+        "after Holm's correction over the tests that have a p-value (here none), however small the difference" in verdict.rule
+    )
+
+
 def test_all_tests_of_a_verdict_are_corrected_together_and_a_shared_control_counts_once():
     five = runs("fb five", FB, 0.5, n_models=5)
     verdict = verdict_of(base(), runs("fb", FB, 0.5), five, random(0.6), lora(0.6))
