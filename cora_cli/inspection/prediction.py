@@ -83,12 +83,16 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Spearman's ρ between capture and loss over `points`, with its 95 % interval; both are None if there are too few points."""
+    """Spearman's ρ between capture and loss over `points`, with its 95 % interval; both are None if there are too few points.
+
+    `of_all` counts the bases without a point, because they were created from all the models.
+    """
 
     stratum: str
     points: tuple[Point, ...]
     rho: float | None
     interval: tuple[float, float] | None
+    of_all: int = 0
 
     @property
     def swept_alike(self) -> bool:
@@ -99,6 +103,10 @@ class Prediction:
     def sentence(self) -> str:
         """The result in words."""
         bases = f"{len(self.points)} {'basis' if len(self.points) == 1 else 'bases'}"
+        if self.of_all:
+            bases += (
+                f", without {self.of_all} that {'was' if self.of_all == 1 else 'were'} created from all the inspected models"
+            )
         if self.rho is None or self.interval is None:
             return (
                 f"No conclusion about predicting the held-out loss ({self.stratum}, {bases}): "
@@ -207,12 +215,14 @@ def predict(used: Sequence[UsedBasis], models: dict[str, WeightSource], findings
         own = {seed for seed, _ in one.losses}
         seeds[one.stratum] = seeds.get(one.stratum, own) & own
     points: dict[str, list[Point]] = {one.stratum: [] for one in used}
+    of_all = dict.fromkeys(points, 0)
     for one in used:
         shares = _captures(one, models, findings, seeds[one.stratum])
         losses = [loss for seed, loss in one.losses if seed in seeds[one.stratum]]
+        of_all[one.stratum] += one.basis is not None and not shares
         if shares and losses:
             points[one.stratum].append(Point(one.name, fmean(shares), fmean(losses), len(losses), one.learning_rate, one.rates))
-    return [_correlate(stratum, tuple(found)) for stratum, found in points.items()]
+    return [_correlate(stratum, tuple(found), of_all[stratum]) for stratum, found in points.items()]
 
 
 def _captures(one: UsedBasis, models: dict[str, WeightSource], findings: Sequence[Findings], seeds: set[int]) -> list[float]:
@@ -264,9 +274,10 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> tuple[float, tuple
     return rho, (min(low, rho), max(high, rho))
 
 
-def _correlate(stratum: str, points: tuple[Point, ...]) -> Prediction:
+def _correlate(stratum: str, points: tuple[Point, ...], of_all: int) -> Prediction:
     found = spearman([point.capture for point in points], [point.loss for point in points])
-    return Prediction(stratum, points, *(found or (None, None)))
+    rho, interval = found or (None, None)
+    return Prediction(stratum, points, rho, interval, of_all)
 
 
 def _key(result: Result) -> str | None:

@@ -435,6 +435,8 @@ def test_a_basis_of_all_models_gets_the_capture_of_the_leave_one_out_bases_of_it
     points = found["foresight"][0]["points"]
     if same_kind is None:
         assert points == []
+        sentence = found["verdict"]["sentences"][-1]
+        assert "0 bases, without 1 that was created from all the inspected models" in sentence
     else:
         shares = [capture["shares"][same_kind] for finding in found["findings"] for capture in finding["captures"]]
         assert [point["capture"] for point in points] == [pytest.approx(np.mean(shares))]
