@@ -107,8 +107,8 @@ def p_value_cell(p_holm: float | None) -> Cell:
 
 def _would_decide(test: Test) -> str:
     ways = [
-        f"{count:,} more {what}"
-        for count, what in ((test.more_seeds, "seeds"), (test.more_records, "records"))
+        f"{count:,} more {what}{'' if count == 1 else 's'}"
+        for count, what in ((test.more_seeds, "seed"), (test.more_records, "record"))
         if count is not None
     ]
     return " or ".join(ways) or "–"

@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, FEW_SEEDS, UNDECIDED
 from cora_cli.reporting.report_rows import read_plan
 from cora_cli.reporting.statistics import group_methods
 from cora_cli.reporting.summary import summarise
+from cora_cli.reporting.tables import verdict_table
 from cora_cli.reporting.verdict import judge
 from tests.reporting.helpers import Made, make_grid, result
 
@@ -272,6 +274,11 @@ def test_an_undecided_test_says_how_many_more_seeds_would_decide():
     assert test.outcome == UNDECIDED
     assert 1 <= test.more_seeds <= 40
     assert test.more_records is None  # more records do not reduce what seeds vary
+    for seeds, records, said in ((1, 1, "1 more seed or 1 more record"), (2, None, "2 more seeds"), (None, None, "–")):
+        changed = dataclasses.replace(test, more_seeds=seeds, more_records=records)
+        comparison = dataclasses.replace(verdict.comparisons[0], tests=(changed,))
+        group = SimpleNamespace(name="g", verdict=dataclasses.replace(verdict, comparisons=(comparison,)))
+        assert verdict_table(group).rows[0][-1].text == said
 
 
 def test_the_base_models_own_b_and_lora_of_the_same_size_are_controls_too(tmp_path):
