@@ -244,6 +244,16 @@ def test_copies_of_one_model_are_refused_by_name(related: list[Path], tmp_path: 
     assert "model-0 and copy hold the same weights" in result.stderr
 
 
+def test_names_are_drawn_whatever_the_encoding_of_the_locale(related: list[Path], tmp_path: Path) -> None:
+    base, *models = related
+    shutil.copytree(models[0], tmp_path / "café")
+    # Where the locale is not UTF-8, the bytes of a character come as surrogates.
+    named = str(tmp_path / "caf\udcc3\udca9")
+    result = cora_inspect(named, *models[1:], "--base", base, "--rank=2", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "café" in (tmp_path / "out" / "inspect.md").read_text()
+
+
 def test_adapters_of_one_base_need_no_base_flag(related: list[Path], tmp_path: Path) -> None:
     adapters = [make_adapter(related[0], tmp_path / f"a{n}", seed=n) for n in range(3)]
     result = cora_inspect(*adapters, "--rank=3", "--target-modules=q_proj", "--format=json")
