@@ -213,6 +213,17 @@ def test_measuring_is_for_plans(tiny_model: Path, tiny_data: Path, tmp_path: Pat
     assert (result.exit_code, "--measure has no effect without --dry-run; leave it out" in result.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_results_next_to_a_grid_file_named_as_the_resolved_one_are_refused(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    grid = write_grid(tmp_path, tiny_model, tiny_data).rename(tmp_path / "grid.yaml")
+    before = grid.read_bytes()
+    result = run(grid, "-o", tmp_path, "--device=cpu", *more)
+    assert (result.exit_code, grid.read_bytes()) == (1, before)
+    assert "grid.yaml would be replaced by the resolved grid" in result.stderr
+
+
 def test_an_invalid_grid_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text("model: m\ngrid: [{mode: lroa}]\n")
     result = run(tmp_path / "grid.yaml")

@@ -93,6 +93,16 @@ def test_a_metric_whose_encoder_or_word_list_cannot_be_had_ends_an_evaluation_be
     assert not (run / "eval").exists()
 
 
+def test_the_share_of_a_change_that_merging_lost_is_recorded_with_the_answers(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "say_rounded_away", lambda *_: 0.85)
+    evaluate_run(run)
+    assert read_json(run / "eval" / "generation.json")["rounded_away"] == 0.85
+    evaluate_run(run, merge=False, overwrite=True)
+    assert "rounded_away" not in read_json(run / "eval" / "generation.json")
+
+
 def test_the_default_place_is_eval_in_the_run_directory(run: Path) -> None:
     evaluate_run(run)
     assert {path.name for path in (run / "eval").iterdir()} == {
