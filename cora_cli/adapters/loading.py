@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import COMPACT_FILE, AdapterFacts, read_facts, starting_b
 from cora_cli.adapters.install import apply_trained_set, install_adapter
-from cora_cli.adapters.peft_settings import check_patterns, misfit, say_unknown_settings, say_weights_beside
+from cora_cli.adapters.peft_settings import check_patterns, misfit, say_other_weight_files, say_unknown_settings
 from cora_cli.adapters.storage import PREFIX, WEIGHTS_FILE, check_is_complete, stores_trained
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lora_layers
@@ -68,7 +68,7 @@ def load_adapter(
             "checkpoints"
         )
     say_unknown_settings(adapter)
-    say_weights_beside(adapter)
+    say_other_weight_files(adapter)
     split_as_trained(model, adapter, facts)
     check_patterns(model, adapter)
     try:

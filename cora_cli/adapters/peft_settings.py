@@ -37,9 +37,9 @@ def say_unknown_settings(adapter: ModelPath) -> None:
         say(f"adapter {adapter.path}: adapter_config.json has no lora_alpha; PEFT's default, {DEFAULT_ALPHA}, is used")
 
 
-def say_weights_beside(adapter: ModelPath) -> None:
+def say_other_weight_files(adapter: ModelPath) -> None:
     """Say which weight files of an adapter's directory are not its own, and so read by nobody: what else was trained may be in them."""
-    if files := adapter.weights_beside():
+    if files := adapter.other_weight_files():
         say(
             f"adapter {adapter.path}: its directory also holds {', '.join(file.name for file in files[:3])}, which PEFT does not read; what was "
             "trained with the adapter may be in there"

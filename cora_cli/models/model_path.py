@@ -185,7 +185,7 @@ class ModelPath:
                 return named
         return {}
 
-    def weights_beside(self) -> list[Path]:
+    def other_weight_files(self) -> list[Path]:
         """Weight files next to those of an adapter, which PEFT does not read, such as `non_lora_trainables.bin` of LLaVA."""
         found = (
             [file for ending in WEIGHT_ENDINGS for file in sorted(self.path.glob(f"*.{ending}"))]

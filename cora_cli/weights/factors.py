@@ -17,7 +17,7 @@ from cora_cli import hashing, rundir
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts, starting_b
 from cora_cli.adapters.loading import check_start
-from cora_cli.adapters.peft_settings import DEFAULT_ALPHA, say_unknown_settings, say_weights_beside
+from cora_cli.adapters.peft_settings import DEFAULT_ALPHA, say_other_weight_files, say_unknown_settings
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import check_is_complete
 from cora_cli.errors import CoraError, reason
@@ -64,7 +64,7 @@ class AdapterFactors:
         self._check_form(model)
         check_is_complete(model)
         say_unknown_settings(model)
-        say_weights_beside(model)
+        say_other_weight_files(model)
         say_mean(model)
         self.checkpoint = Checkpoint(model)
         self._starting_b = _starting_b(model)

@@ -85,10 +85,10 @@ def _faults(skeleton: Skeleton, checkpoint: Checkpoint, others: frozenset[str]) 
     converted = {name for name, together in names.values() if together}
     own = skeleton.model.state_dict()
     shared = {name for key in keys for name in skeleton.shared.get(key, ())}
-    beside: dict[str, str] = {}
+    next_to: dict[str, str] = {}
     for name in keys.keys() - own.keys() - converted:
         if (layer := layer_of(skeleton.model, name)) is not None:
-            beside[layer] = min(beside.get(layer, keys[name][0]), keys[name][0])
+            next_to[layer] = min(next_to.get(layer, keys[name][0]), keys[name][0])
     surplus = skeleton.surplus_layers(checkpoint.shapes)
     left_out = [name.removesuffix(".weight") for name in keys if any(name.startswith(f"{layer}.") for layer in surplus)]
     found = dict.fromkeys(left_out, surplus_fault(surplus)) if surplus else {}
@@ -98,7 +98,7 @@ def _faults(skeleton: Skeleton, checkpoint: Checkpoint, others: frozenset[str]) 
             continue
         stored, expected = keys.get(name, []), tuple(own[name].shape)
         if not stored and name not in shared:
-            rest = f", and its files hold {beside[module]}, which the model does not take" if module in beside else ""
+            rest = f", and its files hold {next_to[module]}, which the model does not take" if module in next_to else ""
             found[module] = f"its files hold no weight for {module}, which its config.json describes as {expected}{rest}"
         elif len(stored) > 1:
             found[module] = f"{' and '.join(sorted(stored))} are both the weight of {module}; remove one of them"
@@ -106,8 +106,8 @@ def _faults(skeleton: Skeleton, checkpoint: Checkpoint, others: frozenset[str]) 
             found[module] = fault
         elif stored and (shape := checkpoint.shapes[stored[0]]) != expected:
             found[module] = shape_fault(stored[0], shape, expected)
-        elif module in beside:
-            found[module] = _beside(module, beside[module])
+        elif module in next_to:
+            found[module] = _next_to(module, next_to[module])
     return found
 
 
@@ -123,11 +123,11 @@ def _faults_of_unknown(checkpoint: Checkpoint) -> dict[str, str]:
         module = matrix.removesuffix(".weight")
         known = {f"{module}.weight", f"{module}.bias"}
         if extra := min((key for key in checkpoint.shapes if key.startswith(f"{module}.") and key not in known), default=None):
-            found.setdefault(module, _beside(module, extra))
+            found.setdefault(module, _next_to(module, extra))
     return found
 
 
-def _beside(module: str, key: str) -> str:
+def _next_to(module: str, key: str) -> str:
     return f"its files hold {key} next to the weight of {module}, which alone is not what that layer computes; merge it into the weight first"
 
 
