@@ -5,7 +5,10 @@ controls, in a family of tests of its own. `outcomes` decides by the rule that t
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
 
 from cora_cli.evaluation.metrics import LOWER_IS_BETTER
 from cora_cli.experiments.stage_rules import MIN_SEEDS
@@ -35,6 +38,8 @@ from cora_cli.reporting.statistics import LEVEL, Difference, MethodResults, comp
 _EQUAL_SIZE = 0.05
 DEFAULT_MARGIN = 0.1
 """The margin of equivalence as a share of what training gains the control."""
+_ROUNDED_LOSS = 0.01
+"""How far the rounding of weights or of a dtype may move the loss of the same records."""
 Margin = float | Mapping[str, float] | None
 """A share of what training gains, or margins by measure (measures without one get the default), or None for the default."""
 
@@ -113,6 +118,8 @@ def _compared(
     for one, other, _, _ in pairs:
         of_rates = rate_obstacle(one, other, rates)
         for name in measures:
+            if name == "nll" and LOSS in measures and _is_loss_again(one) and _is_loss_again(other):
+                continue
             key = (id(one), id(other), name)
             if key not in planned and (found := compare(one, other, name)) is not None:
                 planned[key] = (name, found, _margin(margin, other, name, methods), of_rates)
@@ -126,6 +133,18 @@ def _compared(
         for one, other, role, control in pairs
     ]
     return [comparison for comparison in judged if comparison.tests], sum(test.p_holm is not None for test in tests.values())
+
+
+def _is_loss_again(method: MethodResults) -> bool:
+    """Whether the NLL was measured on the records of the held-out loss, whose tests it would repeat."""
+    pairs = [(result.measures.get(LOSS), result.measures.get("nll")) for result in method.results]
+    return all(
+        loss is not None
+        and nll is not None
+        and np.array_equal(loss.statistics[:, 1], nll.statistics[:, 0])  # their numbers of tokens
+        and math.isclose(loss.value, nll.value, rel_tol=_ROUNDED_LOSS)
+        for loss, nll in pairs
+    )
 
 
 def _rule(tests: int, data_tests: int, other_tests: int, margin: Margin, looks: int | None) -> str:
@@ -149,7 +168,8 @@ def _rule(tests: int, data_tests: int, other_tests: int, margin: Margin, looks: 
         f"σ²(interaction)/(S·R). Better or worse: p < {LEVEL:g} after Holm's correction {family}, "
         f"however small the difference. Equivalent: otherwise, if the 90 % interval lies inside ± the margin ({margins}; there is none without a base model, or where training gained nothing). Otherwise "
         f"undecided, which does not mean equal. Nothing is decided with fewer than {MIN_SEEDS} seeds on a side, nor unless the learning "
-        "rates were swept alike: equally many on both sides, more than one, over ranges of about the same width, and the chosen one not at the edge of its range. The "
+        "rates were swept alike: equally many on both sides, more than one, over ranges of about the same width, and the chosen one not at the edge of its range. "
+        "An NLL on the records of the held-out loss is that loss, and is not tested again. The "
         "intervals are not corrected for multiple tests. would decide: about how many more seeds per method, or more records, if the "
         "difference and the variances stayed as estimated; – if neither would within reason. A B gets credit for its information only "
         "where it is also better than a random B." + _looks_in_words(looks)

@@ -414,3 +414,32 @@ def test_all_tests_of_a_verdict_are_corrected_together_and_a_shared_control_coun
     assert "correction over the 7 tests of this verdict" in verdict.rule
     smallest = min(test.found.p_value for test in tests.values())
     assert min(test.p_holm for test in tests.values()) == pytest.approx(7 * smallest)
+
+
+def with_nll(results, shift=0.0):
+    """The results with an NLL whose statistics are those of their held-out loss, moved by `shift` nats per token."""
+    made = []
+    for one in results:
+        nats, tokens = one.measures[LOSS].statistics.T
+        nll = dataclasses.replace(
+            one.measures[LOSS],
+            value=one.measures[LOSS].value + shift,
+            statistics=np.stack([tokens, nats + shift * tokens], axis=1),
+        )
+        made.append(dataclasses.replace(one, measures={**one.measures, "nll": nll}))
+    return made
+
+
+@pytest.mark.parametrize(("shift", "measures"), [(0.0, [LOSS]), (0.001, [LOSS]), (0.2, [LOSS, "nll"])])
+def test_the_nll_of_the_records_of_the_held_out_loss_is_no_second_measure_of_it(shift, measures):
+    swept = group_methods(with_nll([*runs("fb", FB, 0.5), *random(0.6), *lora(0.62)], shift))
+    chosen = [method for method in swept if method.first.row.learning_rate == 1e-3]
+    verdict = judge(chosen, [LOSS, "nll"], rates_of(swept))
+    assert all([test.measure for test in comparison.tests] == measures for comparison in verdict.comparisons)
+    assert f"over the {3 * len(measures)} tests of this verdict" in verdict.rule
+
+
+def test_the_nll_is_tested_where_no_loss_is_reported():
+    swept = group_methods(with_nll([*runs("fb", FB, 0.5), *random(0.6)]))
+    chosen = [method for method in swept if method.first.row.learning_rate == 1e-3]
+    assert [test.measure for test in judge(chosen, ["nll"]).comparisons[0].tests] == ["nll"]
