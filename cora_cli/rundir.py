@@ -15,6 +15,8 @@ COMPACT_ADAPTER = "adapter_a_only.safetensors"
 """The weights of an adapter in compact form: only A, because B can be recomputed from a basis file or a seed."""
 POSTERIOR = "posterior.safetensors"
 """The file of an adapter that says how far its weights can be from those that it stores; see `adapters.posterior`."""
+MODEL_FILES = ("config.json", "adapter_config.json")
+"""The files of which a directory with a model has one."""
 CARD = "README.md"
 """The model card next to weights. No recorded hash covers it, since people edit it."""
 
@@ -104,8 +106,8 @@ class RunDirectory:
         return self.root / "SHA256SUMS"
 
     def exists(self) -> bool:
-        """Whether this directory holds a run, complete or not."""
-        return self.record.exists()
+        """Whether this directory holds a run, complete or not, and not a model next to another program's `run.json`."""
+        return self.record.exists() and (self.result.exists() or not any((self.root / name).exists() for name in MODEL_FILES))
 
     @property
     def result(self) -> Path:
@@ -164,6 +166,15 @@ class RunDirectory:
             raise CoraError(
                 f"{self.record} was changed after its training had finished: it states the seed {stated}, but {details} the seed {trained}; restore it"
             )
+
+
+def run_of_result(path: Path) -> RunDirectory | None:
+    """The run whose directory, or whose result, is at `path` or where it links to; None without one."""
+    for place in (writing.absolute(path), path.resolve()):
+        for root in (place, *((place.parent,) if place.name in ("adapter", "model") else ())):
+            if (run := RunDirectory(root)).exists():
+                return run
+    return None
 
 
 def unlike_record(path: Path, record: Path, when: str = "after it was written") -> str:

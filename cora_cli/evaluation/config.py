@@ -27,10 +27,10 @@ def check_run(name: str) -> None:
             )
         if below := sorted(str(record.parent) for record in run.root.glob(f"*/{run.record.name}")):
             raise CoraError(
-                f"{name} is not a cora run (no {run.record.name}); name the runs below it, such as: cora evaluate {shlex.join(below[:2])}"
+                f"{name} is not a cora run (no {run.record.name} of cora); name the runs below it, such as: cora evaluate {shlex.join(below[:2])}"
             )
         raise CoraError(
-            f"{name} is not a cora run (no {run.record.name}). To evaluate a model or adapter: "
+            f"{name} is not a cora run (no {run.record.name} of cora). To evaluate a model or adapter: "
             f"cora evaluate --model {name} --dataset FILE -o DIR."
         )
 

@@ -14,8 +14,6 @@ from cora_cli.errors import CoraError
 from cora_cli.reading import read_foreign, read_json
 from cora_cli.records import AdapterConfig, GenerationConfig, ModelConfig, WeightIndex
 
-MODEL_FILES = ("config.json", "adapter_config.json")
-"""The files of which a directory with a model has one."""
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -339,7 +337,13 @@ class ModelPath:
         weights: list[Path] = []
         with contextlib.suppress(CoraError):  # such as an index without its files, which the reader of the weights names
             weights = [*self._adapter_files(), *(self._named_files() or self._loose_files())]
-        names = (*MODEL_FILES, "generation_config.json", "cora.json", rundir.POSTERIOR, *(index for _, index in _LAYOUTS))
+        names = (
+            *rundir.MODEL_FILES,
+            "generation_config.json",
+            "cora.json",
+            rundir.POSTERIOR,
+            *(index for _, index in _LAYOUTS),
+        )
         others = [self.path / name for name in (*names, *_TOKENIZER_FILES)]
         patterns = ("*.jinja", "additional_chat_templates/*.jinja", "*.py", *VOCABULARIES)
         others += [path for pattern in patterns for path in self.path.glob(pattern)]

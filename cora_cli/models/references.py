@@ -11,7 +11,7 @@ from typing import Any
 from cora_cli import rundir, writing
 from cora_cli.environment import behind_hub_error, proxy_to_hub
 from cora_cli.errors import CoraError
-from cora_cli.models.model_path import MODEL_FILES, VOCABULARIES, WEIGHT_ENDINGS, ModelPath
+from cora_cli.models.model_path import VOCABULARIES, WEIGHT_ENDINGS, ModelPath
 from cora_cli.records import read_sealed
 
 EMBEDDED_MODEL = "builtin:smollm2"
@@ -35,18 +35,16 @@ def resolve_model(reference: str, weights: bool = True) -> ModelPath:
     path = Path(reference).expanduser()
     if path.is_dir():
         reference = absolute(reference)
-        run = rundir.RunDirectory(path)
-        if run.exists():
-            path = run.result
-        elif rundir.RunDirectory(path.parent).exists() and path.resolve().name in ("adapter", "model"):
-            run = rundir.RunDirectory(path.parent)
+        run = rundir.run_of_result(path)
+        if rundir.RunDirectory(path).exists():
+            path = rundir.RunDirectory(path).result
         model = ModelPath(reference, path, None)
         model.require_unchanged()  # from here on
-        if run.exists():
+        if run is not None:
             read_sealed(run.record)
             run.check_result()
         model.check_links()
-        if not any((path / name).exists() for name in MODEL_FILES):
+        if not any((path / name).exists() for name in rundir.MODEL_FILES):
             raise CoraError(
                 f"{reference} is not a model: {path} has neither config.json nor adapter_config.json{_inside(path)}"
             )
@@ -59,7 +57,10 @@ def resolve_model(reference: str, weights: bool = True) -> ModelPath:
 def _inside(path: Path) -> str:
     """How a sentence ends about a directory that is no model: with those in it, such as the snapshots of the hub's cache, or checkpoints."""
     found = [
-        file.parent for below in ("*", "snapshots/*") for file in path.glob(f"{below}/*config.json") if file.name in MODEL_FILES
+        file.parent
+        for below in ("*", "snapshots/*")
+        for file in path.glob(f"{below}/*config.json")
+        if file.name in rundir.MODEL_FILES
     ]
     names = list(dict.fromkeys(str(folder) for folder in sorted(found)))
     return (

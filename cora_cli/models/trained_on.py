@@ -37,8 +37,10 @@ class TrainedOn:
 
 
 def run_of(model: ModelPath) -> RunDirectory | None:
-    """The run that the model's files are part of; None for a model from elsewhere."""
-    return next((run for path in (model.path, *model.path.parents[:2]) if (run := RunDirectory(path)).exists()), None)
+    """The run whose result, or one of whose checkpoints, the model is; None for a model from elsewhere."""
+    checkpoints = model.path.resolve().parent
+    its = RunDirectory(checkpoints.parent)
+    return its if checkpoints == its.checkpoints and its.exists() else rundir.run_of_result(model.path)
 
 
 def trained_on(model: ModelPath) -> TrainedOn | None:

@@ -42,7 +42,7 @@ def files_of(run: RunDirectory, name: str, with_records: bool = True, report: Pa
     """
     if not run.exists():
         raise CoraError(
-            f"{run.root} is not a cora run (no {run.record.name}); `cora publish` needs a finished run of `cora train`"
+            f"{run.root} is not a cora run (no {run.record.name} of cora); `cora publish` needs a finished run of `cora train`"
         )
     check_run(run)
     record = read_run(run)

@@ -173,7 +173,7 @@ def _require_inputs(source: RunDirectory, config: TrainConfig) -> None:
 def _checked_record(source: RunDirectory, run: str) -> dict[str, Any]:
     if not source.exists():
         raise CoraError(
-            f"{run} is not a cora run (no {source.record.name}); `cora laplace` needs a finished run of `cora train`"
+            f"{run} is not a cora run (no {source.record.name} of cora); `cora laplace` needs a finished run of `cora train`"
         )
     record = read_run(source)
     if record["status"] != FINISHED:

@@ -279,9 +279,9 @@ def test_directories_without_a_finished_run_are_refused_before_a_model_is_loaded
     (tmp_path / "empty").mkdir()
     shutil.copytree(trained["fb"], tmp_path / "runs" / "fb")
     said = {
-        "empty": r"empty is not a cora run \(no run\.json\)\. To evaluate a model or adapter: .*--model .*empty --dataset FILE",
+        "empty": r"empty is not a cora run \(no run\.json of cora\)\. To evaluate a model or adapter: .*--model .*empty --dataset FILE",
         "nowhere": r"nowhere does not exist; name run directories of `cora train`\. .*--model .*nowhere --dataset FILE",
-        "runs": r"runs is not a cora run \(no run\.json\); name the runs below it, such as: cora evaluate .*runs/fb$",
+        "runs": r"runs is not a cora run \(no run\.json of cora\); name the runs below it, such as: cora evaluate .*runs/fb$",
     }
     for name, why in said.items():
         with pytest.raises(CoraError, match=why):

@@ -17,8 +17,11 @@ from cora_cli.errors import CoraError
 from cora_cli.models import tokenizer
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.loading import load_model
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.references import EMBEDDED_MODEL, resolve_base, resolve_model
 from cora_cli.models.tokenizer import load_tokenizer
+from cora_cli.models.trained_on import known_prompts, run_of
+from cora_cli.rundir import RunDirectory
 
 
 def make(directory: Path, *names: str) -> Path:
@@ -176,6 +179,29 @@ def test_a_run_directory_stands_for_what_it_trained(kind, is_adapter, tmp_path):
     found = resolve_model(str(tmp_path / "run"))
     assert found.path == tmp_path / "run" / kind
     assert found.is_adapter is is_adapter
+
+
+def test_another_programs_run_json_makes_no_run_of_a_model_next_to_it_or_below_it(tiny_model, tmp_path):
+    models = [tmp_path / "tracked", tmp_path / "all" / "one"]
+    for model in models:
+        shutil.copytree(tiny_model, model)
+    for place in (models[0], tmp_path / "all"):
+        (place / "run.json").write_text('{"project": "mine"}')
+    for model in models:
+        found = resolve_model(str(model))
+        assert (found.path, run_of(found), known_prompts(found)) == (model, None, frozenset())
+
+
+def test_a_run_is_that_of_its_result_and_checkpoints_and_of_no_other_model_in_its_directory(tiny_model, tmp_path):
+    run = tmp_path / "run"
+    places = [
+        make(run / name, "adapter_config.json")
+        for name in ("adapter", "checkpoints/checkpoint-3", "another", "checkpoints/of/3")
+    ]
+    (run / "run.json").write_text("{}")
+    (tmp_path / "link").symlink_to(places[0])
+    found = [run_of(ModelPath(str(place), place, None)) for place in (*places, tmp_path / "link")]
+    assert found == [RunDirectory(run), RunDirectory(run), None, None, RunDirectory(run)]
 
 
 def test_a_base_is_a_whole_model_or_none_at_all(tiny_model, tmp_path):
