@@ -74,6 +74,23 @@ class Crossed:
         """The variance of the difference. It is at least the larger of the two mean squares, since each estimates a part of it."""
         return self.record_mean_square + self.seed
 
+    def enlarged(self, seeds: tuple[int, Floats], records: tuple[int, Floats]) -> "Crossed":
+        """What a single comparison would be with other numbers of seeds and records, (those now, an array (...) of those then) each.
+
+        The difference and the effects stay as estimated. With fewer than two seeds now, only the records can change.
+        """
+        by_seed, by_record = seeds[0] / seeds[1], records[0] / records[1]
+        interaction = self.interaction * by_seed * by_record
+        return Crossed(
+            self.difference + np.zeros_like(interaction),
+            self.seed * by_seed + interaction,
+            self.record * by_record + interaction,
+            interaction,
+            self.third * by_record**2,
+            self.seed_df * (seeds[1] - 1) / max(seeds[0] - 1, 1),
+            self.record_df * (records[1] - 1) / (records[0] - 1),
+        )
+
     @functools.cached_property
     def _nodes(self) -> tuple[Floats, Floats]:
         return _nodes(self.seed_df.flat[0] if np.ptp(self.seed_df) == 0 else self.seed_df)
@@ -91,7 +108,7 @@ class Crossed:
         low, high = (self._quantile(share) for share in ((1 + confidence) / 2, (1 - confidence) / 2))
         return low, high
 
-    def covered(self, truth: Floats | float, confidence: float) -> NDArray[np.bool_]:
+    def covered(self, truth: Floats | float, confidence: Floats | float) -> NDArray[np.bool_]:
         """Whether `interval` includes `truth`, without computing its ends."""
         below = self._below(truth, _TILT)
         return np.asarray(np.minimum(below, 1 - below) >= (1 - confidence) / 2)

@@ -152,3 +152,24 @@ def test_an_end_is_that_of_a_plain_bisection_to_the_last_digit(confidence):
 def test_intervals_computed_together_are_those_of_each_alone():
     together = stacked(several()).interval(0.95)
     assert [list(map(float, one.interval(0.95))) for one in several()] == np.stack(together, axis=-1).tolist()
+
+
+def test_records_that_occur_again_and_again_are_what_is_projected_for_more_of_them():
+    d = 0.35 + layout(4, 60, np.random.default_rng(5), seed=0.2, interaction=0.02)  # that of repeated records does not shrink
+    now, then = crossed([d]), crossed([np.tile(d, 5)])
+    same, larger = (now.enlarged((4, np.array([4])), (60, np.array([count]))) for count in (60, 300))
+    assert same.p_value() == pytest.approx(now.p_value())
+    assert larger.p_value() == pytest.approx(then.p_value(), rel=0.05)
+    assert larger.p_value() < 0.8 * now.p_value()
+    for confidence in (0.5, 0.9):
+        wide = float(then.interval(confidence)[1])
+        assert larger.covered(wide * 0.97, confidence)
+        assert not larger.covered(wide * 1.03, confidence)
+
+
+def test_more_seeds_reduce_the_part_of_the_seeds_and_have_more_degrees_of_freedom():
+    found = crossed([1.0 + layout(3, 40, np.random.default_rng(6))])
+    more = found.enlarged((3, np.array([6, 30])), (40, np.array([40, 40])))
+    assert more.seed == pytest.approx(found.seed * np.array([0.5, 0.1]))
+    assert more.record == pytest.approx(found.record * np.ones(2))
+    assert more.seed_df == pytest.approx([5, 29])

@@ -4,10 +4,10 @@ It also projects how many more seeds or records would decide, from the component
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
-from scipy.special import stdtrit
+import numpy as np
+from numpy.typing import NDArray
 
 from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.reporting.statistics import LEVEL, SEEDS, Difference, higher_is_better, holm
@@ -72,7 +72,7 @@ def decide(planned: Sequence[tuple[str, Difference, float | None, str]], looks: 
         outcome = UNDECIDED if obstacle else _outcome(measure, found, p_holm, margin, level)
         more: tuple[int | None, int | None] = (None, None)
         if outcome == UNDECIDED and not of_rates:
-            more = needed(found, margin, len(scaled))
+            more = needed(found, margin, len(scaled), looks)
         tests.append(Test(measure, found, p_holm, margin, outcome, obstacle, *more, of_rates))
     return tests
 
@@ -86,32 +86,28 @@ def _outcome(measure: str, found: Difference, p_holm: float | None, margin: floa
     return UNDECIDED
 
 
-def needed(found: Difference, margin: float | None, tests: int) -> tuple[int | None, int | None]:
+def needed(found: Difference, margin: float | None, tests: int, looks: int | None = None) -> tuple[int | None, int | None]:
     """About how many more seeds per method, and how many more records, would each decide; None where they would not within reason.
 
-    The components of variance and the difference stay as estimated. Holm's correction counts as Bonferroni's over `tests`.
+    The components of variance and the difference stay as estimated, and the tests are those of `decide`; Holm's correction counts as
+    Bonferroni's over `tests`.
     """
-    seeds, records = found.fewest_seeds, found.n
-    if found.kind != SEEDS or seeds is None or seeds < 2:
+    seeds = found.fewest_seeds
+    if found.kind != SEEDS or seeds is None or seeds < 2 or found.model is None:
         return None, None
-    more_seeds = range(max(seeds + 1, MIN_SEEDS), _MOST_SEEDS + 1)
-    by_seeds = next((total - seeds for total in more_seeds if _decides(found, total, records, margin, tests)), None)
-    by_records = None
-    if seeds >= MIN_SEEDS:
-        totals = (math.ceil(records * 1.1**step) for step in range(1, 60) if records * 1.1**step <= _MOST_RECORDS)
-        by_records = next((total - records for total in totals if _decides(found, seeds, total, margin, tests)), None)
-    return by_seeds, by_records
+    by_seeds = np.arange(max(seeds + 1, MIN_SEEDS), _MOST_SEEDS + 1)
+    by_records = np.unique(np.ceil(found.n * 1.1 ** np.arange(1, 60)).astype(int))
+    by_records = by_records[by_records <= _MOST_RECORDS] if seeds >= MIN_SEEDS else by_records[:0]
+    all_seeds = np.concatenate([by_seeds, np.full(len(by_records), seeds)])
+    all_records = np.concatenate([np.full(len(by_seeds), found.n), by_records])
+    larger = found.model.enlarged((seeds, all_seeds), (found.n, all_records))
+    levels = np.array([level_at(int(count), looks) for count in all_seeds])
+    decided = larger.p_value() * tests < levels
+    if margin is not None and abs(found.difference) < margin:
+        decided |= ~larger.covered(margin, 1 - 2 * levels) & ~larger.covered(-margin, 1 - 2 * levels)
+    enough_seeds, enough_records = np.split(decided, [len(by_seeds)])
+    return _first(by_seeds[enough_seeds] - seeds), _first(by_records[enough_records] - found.n)
 
 
-def _decides(found: Difference, seeds: int, records: int, margin: float | None, tests: int) -> bool:
-    by_seed, by_record = (found.fewest_seeds or seeds) / seeds, found.n / records
-    interaction = found.interaction_variance * by_seed * by_record
-    over_seeds, over_records = found.seed_variance * by_seed + interaction, found.record_variance * by_record
-    variance = over_seeds + over_records
-    if variance <= 0:
-        return False
-    freedom = variance**2 / (over_seeds**2 / (seeds - 1) + over_records**2 / (records - 1))
-    error = math.sqrt(variance)
-    shown = abs(found.difference) > float(stdtrit(freedom, 1 - LEVEL / tests / 2)) * error
-    alike = margin is not None and abs(found.difference) + float(stdtrit(freedom, 1 - LEVEL)) * error < margin
-    return shown or alike
+def _first(counts: NDArray[np.int_]) -> int | None:
+    return int(counts[0]) if len(counts) else None

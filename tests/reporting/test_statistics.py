@@ -11,9 +11,11 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics.bleu import SacreBleu
 from cora_cli.reporting.learning_rate_sweep import rates_of
 from cora_cli.reporting.measures import LOSS
+from cora_cli.reporting.outcomes import level_at, needed
 from cora_cli.reporting.statistics import (
     EXAMPLES,
     SEEDS,
+    Difference,
     MethodResults,
     compare,
     group_methods,
@@ -241,3 +243,29 @@ def test_an_interval_is_computed_once_however_often_it_is_shown(monkeypatch: pyt
 def test_a_name_has_the_rank_and_the_number_of_models_that_its_label_does_not_state(label, name):
     one = result(label)
     assert MethodResults((dataclasses.replace(one, row=dataclasses.replace(one.row, rank=4, n_models=2)),)).name == name
+
+
+@given(st.integers(0, 500), st.integers(2, 6), st.sampled_from([None, 0.3]), st.sampled_from([None, 4]))
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_what_would_decide_is_what_the_test_itself_decides_with_that_many(seed, seeds, margin, looks):
+    rng = np.random.default_rng(seed)
+    d = 0.1 + 0.3 * rng.standard_normal((seeds, 1)) + rng.standard_normal((1, 30)) + 0.3 * rng.standard_normal((seeds, 30))
+    model, tests = crossed([d]), 4
+    found = Difference(d.mean(), model.p_value(), SEEDS, 30, (seeds, seeds), True, 0, 0, 0, (seeds, seeds), model)
+
+    def decides(more_seeds, more_records):
+        larger = model.enlarged((seeds, np.array([seeds + more_seeds])), (30, np.array([30 + more_records])))
+        level = level_at(seeds + more_seeds, looks)
+        low, high = larger.interval(1 - 2 * level)
+        alike = margin is not None and -margin < low[0] and high[0] < margin
+        return larger.p_value()[0] * tests < level or alike
+
+    more_seeds, more_records = needed(found, margin, tests, looks)
+    if more_seeds is None:
+        assert not any(decides(more, 0) for more in range(max(1, 3 - seeds), 51 - seeds))
+    else:
+        assert decides(more_seeds, 0)
+        assert not any(decides(more, 0) for more in range(max(1, 3 - seeds), more_seeds))
+    if more_records is not None:
+        assert seeds >= 3
+        assert decides(0, more_records)
