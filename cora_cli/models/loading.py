@@ -189,7 +189,8 @@ def _unknown_value(model: ModelPath, error: Exception) -> str | None:
 
 def _check_complete(model: ModelPath, checkpoint: Checkpoint, loaded: Any, report: Any, quantized: bool) -> None:
     """Raise `CoraError` where the loaded model is not the one that its files hold; say which of their tensors it does not use."""
-    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    passed_over = [] if quantized else Skeleton(loaded).left_out(checkpoint.shapes)
+    missing, unused = sorted(report["missing_keys"]), sorted({*report["unexpected_keys"], *passed_over})
     for name, stored, expected in sorted(report["mismatched_keys"]):
         raise CoraError(f"{model.reference}: {shape_fault(name, tuple(stored), tuple(expected))}")
     for name, same in Skeleton(loaded).stored_twice(checkpoint.shapes).items():

@@ -90,6 +90,19 @@ class Skeleton:
             found.setdefault(name, []).append(key)
         return {name: sorted(same) for name, same in found.items() if len(same) > 1}
 
+    def left_out(self, keys: Iterable[str]) -> list[str]:
+        """The tensors of the files that belong to modules that the model lacks, such as a part that reads images, or layers that predict several
+        tokens ahead. Some classes tell transformers to pass over them in silence.
+
+        Buffers that older versions stored next to a module's weights are none of them.
+        """
+        modules = {name for name, _ in self.model.named_modules()}
+        return sorted(
+            key
+            for key, (name, _) in self.names(keys).items()
+            if name not in self._own and name.rpartition(".")[0] not in modules and not name.endswith("inv_freq")
+        )
+
     def surplus_layers(self, keys: Iterable[str]) -> list[str]:
         """The numbered layers of the files, such as `model.layers.32`, that the model lacks although they are like one of its own.
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from cora_cli.errors import CoraError
 from cora_cli.models.loading import load_model
@@ -364,3 +364,11 @@ def test_a_model_with_a_left_over_adapter_configuration_is_loaded_from_its_own_w
     usual = load_file(square_models[0] / "model.safetensors")
     assert torch.equal(loaded.state_dict()[f"{Q0}.weight"], usual[f"{Q0}.weight"])
     assert loaded.config.name_or_path == str(copy)
+
+
+def test_tensors_that_the_class_tells_transformers_to_pass_over_are_named(copy, capfd, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\.", r"inv_freq"])
+    added = {"mtp.proj.weight": torch.ones(4, 4), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    change_tensors(copy, lambda tensors: {**tensors, **added})
+    load_model(local(copy), torch.float32, torch.device("cpu"), None)
+    assert "1 tensors of its files are not used by LlamaForCausalLM, such as mtp.proj.weight" in capfd.readouterr().err
