@@ -20,9 +20,11 @@ from cora_cli.adapters.base import base_of, check_base
 from cora_cli.adapters.card import carry_card
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts
-from cora_cli.adapters.loading import by_names_of, check_basis, check_rank, load_adapter, split_as_trained
+from cora_cli.adapters.loading import check_basis, check_rank, load_adapter, split_as_trained
 from cora_cli.adapters.merge import CannotMerge, merged_into_base, no_change_of_weights
+from cora_cli.adapters.names import names_of, renamed
 from cora_cli.adapters.posterior import say_mean
+from cora_cli.adapters.rows import embedding_rows, say_tokens_without_rows
 from cora_cli.adapters.storage import WEIGHTS_FILE, order_names, plain_factors
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import AS_THE_FILE_SAYS
@@ -70,11 +72,14 @@ def export_adapter(
     if start_that_changes_base(adapter.adapter_config()) is not None:
         linears = {name: module for name, module in model.named_modules() if linear_weight(module) is not None}
         before = {name: linear.weight.detach().clone() for name, linear in linears.items()}
-    stored = by_names_of(model, Checkpoint(adapter).shapes)
+    names = names_of(model, Checkpoint(adapter).shapes)
+    stored = renamed(Checkpoint(adapter).shapes, names)
     wrapped = load_adapter(model, adapter, basis_path, rank=rank)
     config, state = _as_lora(wrapped, adapter, before, stored)
     if split := split_parts(model):
         config, state = _on_fused(config, state, wrapped, split, adapter)
+    if names and (base.config().get("architectures") or [type(model).__name__])[0] != type(model).__name__:
+        config, state = _by_stored_names(config, state, names, adapter)
     config.base_model_name_or_path = base.reference.partition("@")[0] if base.revision else base.reference
     config.revision = base.revision
     config.task_type, config.inference_mode = "CAUSAL_LM", True
@@ -87,6 +92,7 @@ def export_adapter(
             save_file(copies, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
             if adapter.has_tokenizer or adapter.chat_template.is_file():
                 own = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter)
+                say_tokens_without_rows(len(own), embedding_rows(model), adapter)
                 save_tokenizer(own, temporary)
             carry_record(temporary, adapter)
             carry_card(temporary, adapter, rank=rank)
@@ -104,11 +110,8 @@ def _as_lora(
     ours = method_of(facts.plan.mode).lora_rank if facts is not None else AS_THE_FILE_SAYS
     is_lora = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)  # which PEFT derives from it
     if ours is not None and is_lora and not config.use_dora:
-        # Complete embeddings are part of an adapter whose file holds them, such as one that was trained with added tokens.
-        state, complete = (
-            get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=also) for also in (False, True)
-        )
-        state |= {key: tensor for key, tensor in complete.items() if key in stored}
+        state = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
+        state |= _complete(wrapped, stored)
         config = copy.copy(config)
         # The factors of a parameter, such as fused experts, are those of all its matrices, and no LoRA of a layer.
         if not config.target_parameters and (before or config.rank_pattern or config.alpha_pattern):
@@ -142,7 +145,32 @@ def _as_lora(
     state, rank = plain_factors(factors)
     transposed = any(stores_transposed(layer) for _, layer in layers)
     targets = copy.copy(config.target_modules)
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed), state
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed), state | _complete(
+        wrapped, stored
+    )
+
+
+def _by_stored_names(
+    config: Any, state: dict[str, torch.Tensor], names: Mapping[str, str], adapter: ModelPath
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The LoRA by the names of the adapter's files, which are those of the base's own class: PEFT finds no other ones there, and says nothing."""
+    stored_as, stated = {name: stored for stored, name in names.items()}, adapter.adapter_config().get("target_modules")
+    config = copy.copy(config)
+    if isinstance(stated, str):
+        config.target_modules = stated
+    elif config.target_modules:
+        config.target_modules = {stored_as.get(name, name) for name in config.target_modules}
+    if config.modules_to_save:
+        config.modules_to_save = [stored_as.get(name, name) for name in config.modules_to_save]
+    return config, renamed(state, stored_as)
+
+
+def _complete(wrapped: PeftModel, stored: Collection[str]) -> dict[str, torch.Tensor]:
+    """The complete embeddings that an adapter's files hold among the keys `stored`, as where it was trained with added tokens."""
+    with_them, without = (
+        get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=also) for also in (True, False)
+    )
+    return {key: tensor for key, tensor in with_them.items() if key in stored and key not in without}
 
 
 def _instead(wrapped: PeftModel, adapter: ModelPath) -> str:

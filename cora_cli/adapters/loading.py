@@ -4,14 +4,12 @@ After every load it verifies that all keys arrived and that a trained adapter ch
 """
 
 import contextlib
-import itertools
 import re
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,10 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from cora_cli import writing
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import COMPACT_FILE, AdapterFacts, read_facts, starting_b
 from cora_cli.adapters.install import apply_trained_set, install_adapter
+from cora_cli.adapters.names import config_by_names, names_of, renamed
 from cora_cli.adapters.peft_settings import check_patterns, misfit, say_other_weight_files, say_unknown_settings
+from cora_cli.adapters.rows import resize_embeddings
 from cora_cli.adapters.storage import PREFIX, WEIGHTS_FILE, check_is_complete, stores_trained
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lora_layers
@@ -33,14 +34,9 @@ from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.fused import fused_views, split_projections
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.skeleton import ONE_EXPERT, Skeleton, without_numbers
+from cora_cli.models.skeleton import ONE_EXPERT, without_numbers
 from cora_cli.progress import say
 from cora_cli.scratch import temporary_directory
-
-_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+?)(?=\.lora_|\.base_layer\.|\.modules_to_save\.|\.weight$|\.bias$)")
-
-
-Stored = TypeVar("Stored")
 
 
 def load_adapter(
@@ -83,10 +79,12 @@ def load_adapter(
                 stored = _stored_tensors(adapter)
                 if facts is None:
                     _check_gathered(adapter, stored)
-                state = by_names_of(model, stored)
+                names = names_of(model, stored)
+                state = renamed(stored, names)
                 check_start(adapter)
-                _resize_embeddings(model, state, adapter)
-                with _for_peft(adapter, state, state.keys() == stored.keys()) as path:
+                resize_embeddings(model, state, adapter)
+                config = config_by_names(adapter.adapter_config(), stored, names)
+                with _for_peft(adapter, state, config) as path:
                     wrapped = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
                 _check_arrived(wrapped, state, adapter)
     except CoraError:
@@ -220,61 +218,21 @@ def _other_shape(error: Exception) -> str | None:
     )
 
 
-def by_names_of(model: PreTrainedModel, stored: dict[str, Stored]) -> dict[str, Stored]:
-    """What is `stored` for each key of an adapter's files, by the names of the modules in `model`, which an earlier transformers may have named otherwise."""
-    modules = {key: found["module"] for key in stored if (found := _KEY.match(key))}
-    if set(modules.values()) <= {name for name, _ in model.named_modules()}:
-        return stored
-    names = Skeleton(model).renamed_modules(set(modules.values()))
-    ends = {key: key.removeprefix(f"{PREFIX}{module}") for key, module in modules.items() if module in names}
-    return {f"{PREFIX}{names[modules[key]]}{ends[key]}" if key in ends else key: tensor for key, tensor in stored.items()}
-
-
 @contextlib.contextmanager
-def _for_peft(adapter: ModelPath, state: dict[str, torch.Tensor], as_stored: bool) -> Iterator[Path]:
-    """The directory of an adapter, or one for the time being with its tensors `state` where PEFT finds them: in one file of the usual name.
-
-    `as_stored` says that `state` has the names of the adapter's own files.
+def _for_peft(adapter: ModelPath, state: dict[str, torch.Tensor], config: dict[str, Any]) -> Iterator[Path]:
+    """The directory of an adapter, or one for the time being with its configuration and its tensors `state` where PEFT finds them: in one file of the
+    usual name.
     """
     files = adapter.weight_files()
+    as_stored = config == adapter.adapter_config() and state.keys() == Checkpoint(adapter).shapes.keys()
     if as_stored and [file.name for file in files] == [WEIGHTS_FILE]:
         yield adapter.path
         return
     with temporary_directory("adapter") as directory:
-        shutil.copyfile(adapter.path / "adapter_config.json", directory / "adapter_config.json")
+        writing.write_json(directory / "adapter_config.json", config)
         # Copies, since safetensors refuses tensors that share memory.
         save_file({key: tensor.clone().contiguous() for key, tensor in state.items()}, directory / WEIGHTS_FILE)
         yield directory
-
-
-def _resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor], adapter: ModelPath) -> None:
-    """Give the model as many embedding rows as the embeddings that an adapter stores because they were resized: for added tokens, or without padding.
-
-    One that trains single rows may store these alone. Raises `CoraError` where one of them lies beyond rows that nobody has.
-    """
-    embedding: Any = model.get_input_embeddings()
-    ends = (embedding, model.get_output_embeddings())
-    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
-    rows = {len(state[key]) for name in names for key in _weight_keys(name) if key in state}
-    config, known = adapter.adapter_config(), len(embedding.weight)
-    single = config.get("trainable_token_indices") or config.get("token_indices") or []
-    trained = itertools.chain(*single.values()) if isinstance(single, dict) else single
-    if not rows and (added := sorted({row for row in trained if not 0 <= row < known})):
-        if added != list(range(known, known + len(added))):
-            raise CoraError(
-                f"adapter {adapter.path} trains row {added[-1]}, but the embedding of the base model has {known:,} rows, and the adapter stores none with "
-                "the rows up to there; it belongs to another base model, or is to be saved with its embedding"
-            )
-        rows = {known + len(added)}
-    if len(rows) == 1 and (needed := rows.pop()) != known:
-        model.resize_token_embeddings(needed, mean_resizing=False)
-
-
-def _weight_keys(name: str) -> tuple[str, ...]:
-    """PEFT's keys for the complete weight of the module `name`."""
-    prefix = f"{PREFIX}{name}"
-    parts = ("", ".base_layer", ".modules_to_save", ".token_adapter.base_layer")
-    return tuple(f"{prefix}{part}.weight" for part in parts)
 
 
 def check_basis(adapters: Iterable[ModelPath | None], basis_path: Path | None) -> None:
@@ -308,7 +266,8 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
         if state[key].is_floating_point() or ".lora_" in key or key.endswith("weight"):
             finite(state[key], adapter.reference, key)
     if lost := sorted((expected - set(state)) | (set(state) - allowed)):
-        kind = "is missing" if lost[0] in expected else "belongs to no layer of this model"
+        taken = type(wrapped.get_base_model()).__name__  # which may be the part for text of a class for images and text
+        kind = "is missing" if lost[0] in expected else f"belongs to no layer of {taken}"
         raise CoraError(f"adapter {adapter.path}: {len(lost)} keys do not fit the model, the first, {lost[0]}, {kind}")
 
 

@@ -13,6 +13,7 @@ from cora_cli.adapters.base import base_of, check_base, say_other_base
 from cora_cli.adapters.card import carry_card
 from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.posterior import say_mean
+from cora_cli.adapters.rows import embedding_rows, say_tokens_without_rows
 from cora_cli.data.templates import Template
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, linear_weight, lora_layers
@@ -75,16 +76,19 @@ def merge_adapter(
     stored = stored_types(base, trust_remote_code) if dtype == "stored" else {}
     widest = max(stored.values(), key=lambda kind: torch.finfo(kind).bits, default=None)
     model = load_model(base, widest or _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
-    tied, rows = not has_own_head(model), _embedding_rows(model)
+    tied, rows = not has_own_head(model), embedding_rows(model)
     wrapped = load_adapter(model, adapter, basis_path)
     layers = len(list(adapted_layers(wrapped)))
     lost = say_rounded_away(wrapped, adapter)
     merged = merged_into_base(wrapped, adapter, safe=True)
-    if tokenizer is not None and rows != (left := _embedding_rows(merged)) < len(tokenizer):
+    left = embedding_rows(merged)
+    if tokenizer is not None and rows != left < len(tokenizer):
         raise CoraError(
             f"{adapter.reference} stores {left:,} embedding rows, fewer than the {len(tokenizer):,} tokens of its tokenizer, so that text could have tokens "
             "without a row; it belongs to another tokenizer, or its embedding was cut too short"
         )
+    if tokenizer is not None:
+        say_tokens_without_rows(len(tokenizer), left, adapter)
     join_projections(merged)
     if tied and has_own_head(merged):
         say(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
@@ -109,10 +113,6 @@ def _ends(adapter: ModelPath, tokenizer: Any) -> set[int]:
     ):
         return set()
     return Template(cast("TemplateName", known.template), "prompt", tokenizer, known.date).ends
-
-
-def _embedding_rows(model: Any) -> int:
-    return len(model.get_input_embeddings().weight)
 
 
 def _round(merged: Any, stored: Mapping[str, torch.dtype], adapter: ModelPath) -> None:

@@ -6,6 +6,7 @@ PEFT leaves out settings that it does not know and fails late on values that it 
 import dataclasses
 import json
 import re
+from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 from peft import __version__ as PEFT_VERSION
@@ -74,3 +75,11 @@ def check_patterns(model: PreTrainedModel, adapter: ModelPath) -> None:
                 raise CoraError(f"adapter {adapter.path}: {pattern[:60]!r} is no regular expression: {error}") from error
             for name, _ in model.named_modules():
                 matches(name)
+
+
+def pattern_value(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first matching key, else `default`; keys match as in PEFT, as a regex on the end of the name."""
+    try:
+        return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    except (re.error, OverflowError) as error:
+        raise CoraError(f"adapter_config.json has a pattern that is no regular expression: {error}") from error

@@ -38,12 +38,17 @@ class Skeleton:
         return {key: name for key, (name, converted) in self.names(keys).items() if name in self._own and not converted}
 
     def renamed_modules(self, modules: Collection[str]) -> dict[str, str]:
-        """The name in the loaded model of each of `modules` that an earlier transformers named otherwise; no two get one name.
+        """The name in the loaded model of each of `modules` that an earlier transformers named otherwise, or that a class for images and text holds
+        within `language_model`; no two get one name.
 
-        PEFT applies the same rules, and takes no module of the model without its head, whose names lack the prefix, for one with a head.
+        PEFT applies the rules for the former, and takes no module of the model without its head, whose names lack the prefix, for one with a head.
         """
         loaded = self.loaded_names(f"{module}.weight" for module in modules)
         names = {key.removesuffix(".weight"): name.removesuffix(".weight") for key, name in loaded.items()}
+        for module in modules:
+            of_text = ".".join(part for part in module.split(".") if part != "language_model")
+            if module not in names and f"{of_text}.weight" in self._own:
+                names[module] = of_text
         every = [names.get(module, module) for module in modules]
         same = {module: {module, f"{self.model.base_model_prefix}.{module}"} for module in names}
         return {module: name for module, name in names.items() if name not in same[module] and every.count(name) == 1}

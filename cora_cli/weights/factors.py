@@ -17,7 +17,7 @@ from cora_cli import hashing, rundir
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts, starting_b
 from cora_cli.adapters.loading import check_start
-from cora_cli.adapters.peft_settings import DEFAULT_ALPHA, say_other_weight_files, say_unknown_settings
+from cora_cli.adapters.peft_settings import DEFAULT_ALPHA, pattern_value, say_other_weight_files, say_unknown_settings
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import check_is_complete
 from cora_cli.errors import CoraError, reason
@@ -77,6 +77,7 @@ class AdapterFactors:
         self._transposed: frozenset[str] = frozenset()
         self._scale: dict[str, float] = {}
         self._keys: dict[str, dict[str, str]] = {}
+        self._stored_as: dict[str, str] = {}
         for key, shape in self.checkpoint.shapes.items():
             if (found := _WRAPPED_KEY.match(key)) and f"{found['module']}.weight" in self.checkpoint.shapes:
                 continue
@@ -112,6 +113,7 @@ class AdapterFactors:
         """Give the modules that `names` holds the names that it maps them to; a seeded B depends on the name with which it was trained."""
         if self._starting_b:
             return
+        self._stored_as = {name: module for module, name in names.items()}
         self._keys = {names.get(module, module): keys for module, keys in self._keys.items()}
         self.ranks = {names.get(module, module): rank for module, rank in self.ranks.items()}
         self.full = {names.get(module, module): shape for module, shape in self.full.items()}
@@ -155,7 +157,7 @@ class AdapterFactors:
                 )
             rank, in_features = self._shape(keys["A"])
             out_features, rank_of_b = (shapes[module][0], rank) if self._starting_b else self._shape(keys["B"])
-            stated = _pattern_value(self.config.get("rank_pattern"), module, self.config.get("r"))
+            stated = pattern_value(self.config.get("rank_pattern"), self._named(module), self.config.get("r"))
             if (out_features, in_features) != shapes[module] or not rank == rank_of_b == stated:
                 raise CoraError(
                     f"{self.reference}: {module} has lora_A {(rank, in_features)} and lora_B {(out_features, rank_of_b)}, "
@@ -163,7 +165,9 @@ class AdapterFactors:
                 )
             if rank < 1:
                 raise CoraError(f"{self.reference}: {module} has rank 0; the adapter is empty or damaged")
-            alpha = _pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", DEFAULT_ALPHA))
+            alpha = pattern_value(
+                self.config.get("alpha_pattern"), self._named(module), self.config.get("lora_alpha", DEFAULT_ALPHA)
+            )
             self._out[module] = out_features
             if not alpha:
                 stated = "no lora_alpha" if alpha is None else f"lora_alpha 0 for {module}, which leaves its weight as it is"
@@ -190,9 +194,13 @@ class AdapterFactors:
         if not (named.target_modules or self.config.get("target_parameters")):
             raise CoraError(f"{self.reference}: adapter_config.json names no target_modules; PEFT would leave out the adapter")
         with bounded(f"{self.reference}: matching target_modules"):
-            lacking = [module for module in modules if module not in known and check_target_module_exists(named, module)]
+            lacking = [
+                module for module in modules if module not in known and check_target_module_exists(named, self._named(module))
+            ]
             unnamed = [
-                module for module in self.ranks if not (check_target_module_exists(named, module) or self._follows(module))
+                module
+                for module in self.ranks
+                if not (check_target_module_exists(named, self._named(module)) or self._follows(module))
             ]
         if unnamed:
             raise CoraError(
@@ -204,6 +212,17 @@ class AdapterFactors:
                 f"{self.reference} holds no lora_A and lora_B for {len(lacking)} layers of its base {base} that its target_modules name, such "
                 f"as {lacking[0]}; the adapter is incomplete"
             )
+
+    def _named(self, module: str) -> str:
+        """The name by which the adapter's configuration means a module; that of one which it does not hold, by those of its neighbours."""
+        if module in self._stored_as or not self._stored_as:
+            return self._stored_as.get(module, module)
+        name, stored = min(self._stored_as.items())
+        ours, theirs = name.split("."), stored.split(".")
+        while ours and theirs and ours[-1] == theirs[-1]:
+            del ours[-1], theirs[-1]
+        parts = module.split(".")
+        return ".".join([*theirs, *parts[len(ours) :]]) if parts[: len(ours)] == ours else module
 
     def _follows(self, module: str) -> bool:
         """Whether a module is adapted since the one with which it shares its weight is: head and embedding."""
@@ -318,11 +337,3 @@ def _starting_b(model: ModelPath) -> Callable[[str, int], torch.Tensor] | None:
 
 def _names(value: Any) -> list[str]:
     return value if isinstance(value, list) else [value] if isinstance(value, str) else []
-
-
-def _pattern_value(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first matching key, else `default`; keys match as in PEFT, as a regex on the end of the name."""
-    try:
-        return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
-    except (re.error, OverflowError) as error:
-        raise CoraError(f"adapter_config.json has a pattern that is no regular expression: {error}") from error

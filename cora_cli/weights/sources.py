@@ -227,7 +227,10 @@ class AdapterSource(WeightSource):
         self._layouts = {view.fused: view.layout for view in self.views.values()}
         if self._own.changed - self.base.shapes.keys():
             self._own.rename(self.renamed_modules(self._own.changed))
-        apart = self._own.set_apart(self.base.shapes, self.others)
+        # The base's own class puts a prefix before the names in its files of parts that the class for text leaves out.
+        parts = tuple(f".{tensor}" for tensor in self.skipped)
+        left_out = {module for module in self._own.changed - self.base.shapes.keys() if f".{module}.weight".endswith(parts)}
+        apart = self._own.set_apart(self.base.shapes, self.others | left_out)
         self._own.check_full(self.base.shapes, self.base.transposed)
         # A fully saved module may be larger than the base's (new tokens) or absent from the base (a tied or new head).
         shapes = self.base.shapes | self._own.full

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from cora_cli.adapters.export import export_adapter
+from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.errors import CoraError
 from cora_cli.models.references import resolve_model
@@ -105,6 +106,59 @@ def test_an_adapter_trained_without_the_padding_rows_of_its_base_is_merged_and_e
     padded.resize_token_embeddings(rows)
     loaded = PeftModel.from_pretrained(padded, tmp_path / "exported")
     torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=0)
+
+
+def test_the_rows_of_added_tokens_stay_with_an_adapter_that_becomes_a_lora(tiny_model, tmp_path):
+    rows = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size + 1
+    base = LlamaForCausalLM.from_pretrained(tiny_model)
+    base.resize_token_embeddings(rows)
+    config = LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False, base_model_name_or_path=str(tiny_model))
+    wrapped = get_peft_model(base, config).eval()
+    expected = logits(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
+    base = LlamaForCausalLM.from_pretrained(tiny_model)
+    base.resize_token_embeddings(rows, mean_resizing=False)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "exported")), expected, atol=1e-4, rtol=0)
+
+
+def test_rows_of_a_head_that_an_adapter_leaves_out_are_the_mean_of_the_others_and_named(tiny_model, tmp_path, capsys):
+    base = LlamaForCausalLM.from_pretrained(tiny_model)
+    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.clone())
+    base.config.tie_word_embeddings = False
+    base.save_pretrained(tmp_path / "base")
+    known = base.config.vocab_size
+    foreign(tmp_path / "base", tmp_path / "adapter", known + 2)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    stored = load_file(file)
+    del stored["base_model.model.lm_head.weight"]
+    save_file(stored, file, metadata={"format": "pt"})
+    wrapped = load_adapter(LlamaForCausalLM.from_pretrained(tmp_path / "base"), resolve_model(str(tmp_path / "adapter")))
+    head, embedding = wrapped.get_output_embeddings().weight, wrapped.get_input_embeddings().weight
+    torch.testing.assert_close(head[known:], base.lm_head.weight.mean(dim=0).expand(2, -1))
+    assert torch.equal(embedding, stored["base_model.model.model.embed_tokens.weight"])
+    assert "adds 2 tokens, but stores no rows of lm_head for them; they get the mean" in capsys.readouterr().err
+
+
+def test_an_embedding_with_more_rows_than_its_head_keeps_them(mllama, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(mllama)
+    rows = len(base.get_input_embeddings().weight)
+    assert rows != len(base.get_output_embeddings().weight)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    wrapped = load_adapter(AutoModelForCausalLM.from_pretrained(mllama), resolve_model(str(tmp_path / "adapter")))
+    assert len(wrapped.get_input_embeddings().weight) == rows
+
+
+@pytest.mark.parametrize("write", [merge_adapter, export_adapter])
+def test_tokens_of_its_tokenizer_for_which_an_adapter_has_no_rows_are_counted(write, tiny_model, tmp_path, capsys):
+    rows = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size
+    foreign(tiny_model, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_tokens(["<call>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    write(resolve_model(str(tmp_path / "adapter")), tmp_path / "written")
+    assert f"its tokenizer has {rows + 1:,} tokens, but the embedding {rows:,} rows" in capsys.readouterr().err
 
 
 def test_an_adapter_with_rows_for_some_of_the_added_tokens_is_not_merged(tiny_model, tmp_path):

@@ -1,24 +1,17 @@
 """Adapters on models whose linear layers are stored as (in, out), and on the language model of one that also takes images."""
 
 import copy
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     Gemma3nTextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     MixtralConfig,
-    MllamaConfig,
-    MllamaForConditionalGeneration,
     ReformerConfig,
 )
 
@@ -26,7 +19,7 @@ from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import check_applied, install_adapter, target_linears
 from cora_cli.adapters.loading import load_adapter
-from cora_cli.adapters.merge import merge_adapter, merged_into_base
+from cora_cli.adapters.merge import merged_into_base
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
@@ -34,7 +27,6 @@ from cora_cli.errors import CoraError
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.methods.parts.layers import adapted_layers
 from cora_cli.methods.registry import METHODS
-from cora_cli.models.loading import load_model
 from cora_cli.models.references import resolve_model
 from cora_cli.weights.sources import open_source
 from tests.methods.helpers import SMALL, observed_in, plan_of
@@ -48,34 +40,6 @@ PLAIN = sorted(name for name, method in METHODS.items() if method.is_adapter and
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     return model(input_ids=IDS).logits
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16, initializer_range=0.3)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    directory = tmp_path_factory.mktemp("gpt2")
-    GPT2LMHeadModel(config).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def gemma3(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text |= {
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "sliding_window": 8,
-        "initializer_range": 0.3,
-    }
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
-    config = Gemma3Config(text_config=text, vision_config={**vision, "patch_size": 14}, mm_tokens_per_image=4)
-    directory = tmp_path_factory.mktemp("gemma3")
-    Gemma3ForConditionalGeneration(config).save_pretrained(directory)
-    return directory
 
 
 def basis_of(model: Path, target: str, side: str, directory: Path) -> Basis:
@@ -151,91 +115,6 @@ def test_only_the_language_model_of_an_image_model_is_adapted(mode, gemma3, tmp_
     save_adapter(wrapped, tmp_path / "adapter", facts)
     loaded = load_adapter(AutoModelForCausalLM.from_pretrained(gemma3), resolve_model(str(tmp_path / "adapter")))
     assert [name for name, _ in adapted_layers(loaded)] == names
-    torch.testing.assert_close(logits(loaded), logits(wrapped.eval()), atol=1e-5, rtol=1e-5)
-
-
-@pytest.fixture
-def named_as_before(gemma3, tmp_path) -> tuple[Path, Path]:
-    """An adapter by PEFT on all linear layers of the text decoder, and the same with the names that transformers gave before 4.52."""
-    targets = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
-    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, base_model_name_or_path=str(gemma3))
-    get_peft_model(AutoModelForCausalLM.from_pretrained(gemma3), config).save_pretrained(tmp_path / "new")
-    shutil.copytree(tmp_path / "new", tmp_path / "old")
-    tensors = load_file(tmp_path / "new/adapter_model.safetensors")
-    old = {key.replace("model.model.language_model.", "model.language_model.model."): tensor for key, tensor in tensors.items()}
-    assert not old.keys() & tensors.keys()
-    save_file(old, tmp_path / "old/adapter_model.safetensors", metadata={"format": "pt"})
-    return tmp_path / "old", tmp_path / "new"
-
-
-def test_an_adapter_with_the_names_of_an_earlier_transformers_is_read_as_peft_loads_it(gemma3, named_as_before):
-    old, new = (resolve_model(str(directory)) for directory in named_as_before)
-    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gemma3), new.path))
-    assert not torch.equal(expected, logits(AutoModelForCausalLM.from_pretrained(gemma3)))
-    for adapter in (old, new):
-        assert torch.equal(logits(load_adapter(AutoModelForCausalLM.from_pretrained(gemma3), adapter)), expected)
-    before, after = open_source(old), open_source(new)
-    assert before.shapes == after.shapes
-    assert all(torch.equal(before.read(module), after.read(module)) for module in after.shapes)
-
-
-@pytest.mark.parametrize("named", ["gpt2", "gemma3", "gemma3 as before"])
-def test_the_embeddings_that_an_adapter_holds_are_exported_whatever_they_are_called(named, gpt2, gemma3, tmp_path):
-    base = gpt2 if named == "gpt2" else gemma3
-    model = AutoModelForCausalLM.from_pretrained(base)
-    rows = len(model.get_input_embeddings().weight) + 2
-    model.resize_token_embeddings(rows)
-    targets = r".*c_attn" if named == "gpt2" else r".*language_model.*q_proj"
-    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, base_model_name_or_path=str(base))
-    wrapped = get_peft_model(model, config).eval()
-    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    file = tmp_path / "adapter/adapter_model.safetensors"
-    if named.endswith("as before"):
-        before = {
-            "base_model.model.model.language_model.": "base_model.model.language_model.model.",
-            "base_model.model.lm_head.": "base_model.model.language_model.lm_head.",
-        }
-        tensors = load_file(file)
-        for new, old in before.items():
-            tensors = {key.replace(new, old): tensor for key, tensor in tensors.items()}
-        save_file(tensors, file, metadata={"format": "pt"})
-    export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
-    grown = AutoModelForCausalLM.from_pretrained(base)
-    grown.resize_token_embeddings(rows)
-    loaded = PeftModel.from_pretrained(grown, tmp_path / "exported").eval()
-    torch.testing.assert_close(logits(loaded), logits(wrapped), atol=1e-5, rtol=1e-5)
-
-
-def test_an_adapter_with_two_names_of_one_layer_is_refused(gemma3, named_as_before):
-    old, new = named_as_before
-    both = load_file(old / "adapter_model.safetensors") | load_file(new / "adapter_model.safetensors")
-    save_file(both, old / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        CoraError, match=r"base_model\.model\.language_model\.model\.layers\.0.* belongs to no layer of this model"
-    ):
-        load_adapter(AutoModelForCausalLM.from_pretrained(gemma3), resolve_model(str(old)))
-    with pytest.raises(CoraError, match=r"language_model\.model\.layers\.0.* matches no module of its base"):
-        open_source(resolve_model(str(old)))
-
-
-def test_the_text_part_of_an_image_model_is_merged_into_a_model_that_is_loaded_again(tmp_path):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24}
-    text = {**sizes, "vocab_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
-    text |= {"cross_attention_layers": [1], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    vision = {**sizes, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2, "image_size": 28, "patch_size": 14}
-    vision |= {
-        "vision_output_dim": 32,
-        "intermediate_layers_indices": [0],
-        "supported_aspect_ratios": [[1, 1]],
-        "max_num_tiles": 1,
-    }
-    MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path / "base")
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, base_model_name_or_path=str(tmp_path / "base"))
-    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
-    wrapped.save_pretrained(tmp_path / "adapter")
-    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
-    loaded = load_model(resolve_model(str(tmp_path / "merged")), torch.float32, torch.device("cpu"), None)
     torch.testing.assert_close(logits(loaded), logits(wrapped.eval()), atol=1e-5, rtol=1e-5)
 
 

@@ -1,0 +1,144 @@
+"""Adapters that name the modules of their base as an earlier transformers or the class for images and text does."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MllamaForConditionalGeneration
+
+from cora_cli.adapters.export import export_adapter
+from cora_cli.adapters.loading import load_adapter
+from cora_cli.adapters.merge import merge_adapter
+from cora_cli.errors import CoraError
+from cora_cli.models.loading import load_model
+from cora_cli.models.references import resolve_model
+from cora_cli.weights.sources import open_source
+
+IDS = torch.tensor([[1, 5, 9, 7, 3, 2]])
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def load(model: Path):
+    return load_model(resolve_model(str(model)), torch.float32, torch.device("cpu"), None)
+
+
+@pytest.fixture
+def named_as_before(gemma3, tmp_path) -> tuple[Path, Path]:
+    """An adapter by PEFT on all linear layers of the text decoder, and the same with the names that transformers gave before 4.52."""
+    targets = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, base_model_name_or_path=str(gemma3))
+    get_peft_model(AutoModelForCausalLM.from_pretrained(gemma3), config).save_pretrained(tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    tensors = load_file(tmp_path / "new/adapter_model.safetensors")
+    old = {key.replace("model.model.language_model.", "model.language_model.model."): tensor for key, tensor in tensors.items()}
+    assert not old.keys() & tensors.keys()
+    save_file(old, tmp_path / "old/adapter_model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "old", tmp_path / "new"
+
+
+def test_an_adapter_with_the_names_of_an_earlier_transformers_is_read_as_peft_loads_it(gemma3, named_as_before):
+    old, new = (resolve_model(str(directory)) for directory in named_as_before)
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gemma3), new.path))
+    assert not torch.equal(expected, logits(AutoModelForCausalLM.from_pretrained(gemma3)))
+    for adapter in (old, new):
+        assert torch.equal(logits(load_adapter(AutoModelForCausalLM.from_pretrained(gemma3), adapter)), expected)
+    before, after = open_source(old), open_source(new)
+    assert before.shapes == after.shapes
+    assert all(torch.equal(before.read(module), after.read(module)) for module in after.shapes)
+
+
+@pytest.mark.parametrize("named", ["gpt2", "gemma3", "gemma3 as before"])
+def test_the_embeddings_that_an_adapter_holds_are_exported_whatever_they_are_called(named, gpt2, gemma3, tmp_path):
+    base = gpt2 if named == "gpt2" else gemma3
+    model = AutoModelForCausalLM.from_pretrained(base)
+    rows = len(model.get_input_embeddings().weight) + 2
+    model.resize_token_embeddings(rows)
+    targets = r".*c_attn" if named == "gpt2" else r".*language_model.*q_proj"
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, base_model_name_or_path=str(base))
+    wrapped = get_peft_model(model, config).eval()
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    if named.endswith("as before"):
+        before = {
+            "base_model.model.model.language_model.": "base_model.model.language_model.model.",
+            "base_model.model.lm_head.": "base_model.model.language_model.lm_head.",
+        }
+        tensors = load_file(file)
+        for new, old in before.items():
+            tensors = {key.replace(new, old): tensor for key, tensor in tensors.items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
+    grown = AutoModelForCausalLM.from_pretrained(base)
+    grown.resize_token_embeddings(rows)
+    loaded = PeftModel.from_pretrained(grown, tmp_path / "exported").eval()
+    torch.testing.assert_close(logits(loaded), logits(wrapped), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_with_two_names_of_one_layer_is_refused(gemma3, named_as_before):
+    old, new = named_as_before
+    both = load_file(old / "adapter_model.safetensors") | load_file(new / "adapter_model.safetensors")
+    save_file(both, old / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CoraError,
+        match=r"base_model\.model\.language_model\.model\.layers\.0.* belongs to no layer of Gemma3ForConditionalGeneration",
+    ):
+        load_adapter(AutoModelForCausalLM.from_pretrained(gemma3), resolve_model(str(old)))
+    with pytest.raises(CoraError, match=r"language_model\.model\.layers\.0.* matches no module of its base"):
+        open_source(resolve_model(str(old)))
+
+
+def test_the_text_part_of_an_image_model_is_merged_into_a_model_that_is_loaded_again(mllama, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, base_model_name_or_path=str(mllama))
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(mllama), config)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(wrapped.eval()), atol=1e-5, rtol=1e-5)
+
+
+PATTERNS = {
+    "target_modules": r".*language_model.*(q|v|down)_proj",
+    "rank_pattern": {r"language_model.*layers.0.self_attn.q_proj": 3},
+    "alpha_pattern": {r"language_model.*v_proj": 16},
+    "exclude_modules": r".*layers\.2\..*",
+}
+SAVED = {"target_modules": r".*language_model.*(q|gate)_proj", "modules_to_save": ["lm_head"], "use_rslora": True}
+
+
+@pytest.mark.parametrize("settings", [PATTERNS, SAVED], ids=["patterns", "saved"])
+def test_an_adapter_of_the_class_for_images_and_text_changes_the_language_model_as_there(settings, mllama, tmp_path):
+    """Its patterns fit the names of that class alone, so that on the language model they would leave out layers, ranks and scales in silence."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, base_model_name_or_path=str(mllama), **settings)
+    wrapped = get_peft_model(MllamaForConditionalGeneration.from_pretrained(mllama), config).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    expected, adapter = logits(wrapped), resolve_model(str(tmp_path / "adapter"))
+    assert not torch.allclose(expected, logits(load(mllama)), atol=1e-2)
+    torch.testing.assert_close(logits(load_adapter(load(mllama), adapter)), expected, atol=1e-5, rtol=1e-5)
+    merge_adapter(adapter, tmp_path / "merged")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-5, rtol=1e-5)
+    merged = wrapped.merge_and_unload().model.language_model.layers[0].self_attn.q_proj.weight.double()
+    source = open_source(adapter)
+    (name,) = (module for module in source.shapes if module.endswith("layers.0.self_attn.q_proj"))
+    torch.testing.assert_close(source.read(name), merged, atol=1e-6, rtol=0)
+
+
+def test_an_exported_lora_has_the_names_of_the_class_that_its_adapter_has(mllama, tmp_path):
+    """PEFT on that class finds no others, and leaves the adapter out without a word."""
+    torch.manual_seed(1)
+    settings = {**PATTERNS, "modules_to_save": ["lm_head"]}
+    config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, base_model_name_or_path=str(mllama), **settings)
+    wrapped = get_peft_model(MllamaForConditionalGeneration.from_pretrained(mllama), config).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
+    exported = PeftModel.from_pretrained(MllamaForConditionalGeneration.from_pretrained(mllama), tmp_path / "exported").eval()
+    torch.testing.assert_close(logits(exported), logits(wrapped), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits(load_adapter(load(mllama), resolve_model(str(tmp_path / "exported")))), logits(wrapped), atol=1e-5, rtol=1e-5
+    )
