@@ -49,10 +49,65 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, date: str) -> None:
         self._tokenizer, self._date = tokenizer, date
+        self._takes_parts: dict[bool, bool] = {}  # with tools and without, for which some tokenizers have a template of its own
 
     def apply(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], **options: bool) -> str:
-        """See `apply_chat_template`; `extra` are variables of a record."""
-        return apply_chat_template(self._tokenizer, messages, self._date, **options, **extra)
+        """The conversation as text, the same at every call; `extra` are variables of a record.
+
+        Raises `UnsteadyTemplate` for a template that draws at random, or writes the addresses of objects; other errors are the template's own.
+        """
+        variables = {**options, **extra}
+        with_tools = bool(extra.get("tools"))
+        if with_tools not in self._takes_parts:
+            self._takes_parts[with_tools] = self._writes_parts({"tools": extra["tools"]} if with_tools else {})
+        if self._takes_parts[with_tools]:
+            return self._rendered(_in_parts(messages), variables)
+        try:
+            return self._rendered(messages, variables)
+        except (CoraError, UnsteadyTemplate):
+            raise
+        except Exception as error:  # templates raise what they like
+            try:
+                text = self._rendered(_in_parts(messages), variables)
+            except CoraError:
+                raise
+            except Exception:
+                raise error from None
+            if _shows_parts(text):
+                raise
+            return text
+
+    def _writes_parts(self, extra: Mapping[str, Any]) -> bool:
+        """Whether the chat template is one of those for images and text that write the parts of a message only, and leave out one that is a text.
+
+        A text of a record would not tell: a short one is in much of what a template writes.
+        """
+        asked = [{"role": "user", "content": f"{PROBE}0"}, {"role": "assistant", "content": f"{PROBE}1"}]
+
+        def written(messages: Sequence[Mapping[str, Any]]) -> int:
+            try:
+                text = self._rendered(messages, extra)
+            except CoraError:
+                raise
+            except Exception:  # templates raise what they like
+                return 0
+            return 0 if _shows_parts(text) else sum(message["content"] in text for message in asked)
+
+        return written(_in_parts(asked)) > written(asked)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        state = random.getstate()
+        with clock_at(self._date):
+            text = str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **variables))
+        if random.getstate() != state:
+            raise UnsteadyTemplate(
+                "draws at random, such as by Jinja's filter random, so that every call gives another prompt; replace that in it"
+            )
+        if (found := _ADDRESS.search(text)) and found.group() not in repr([messages, variables]):
+            raise UnsteadyTemplate(
+                f"writes {found.group()}, which differs in every process; filters such as map need |list or |join after them"
+            )
+        return text
 
     @cached_property
     def words(self) -> dict[bool, set[str]]:
@@ -165,58 +220,18 @@ class UnsteadyTemplate(Exception):
     """A chat template gives other texts at other calls; the message goes on after "the chat template"."""
 
 
-def apply_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], date: str, **variables: Any) -> str:
-    """The conversation as text, with `date` as today's: the same text at every call.
-
-    Raises `UnsteadyTemplate` for a template that draws at random, or writes the addresses of objects; other errors are the template's own.
-    """
-    try:
-        text = _rendered(tokenizer, messages, date, variables)
-    except (CoraError, UnsteadyTemplate):
-        raise
-    except Exception:  # templates raise what they like
-        if (in_parts := _in_parts(tokenizer, messages, date, variables)) is None:
-            raise
-        return in_parts
-    return text if _writes_any(messages, text) else _in_parts(tokenizer, messages, date, variables) or text
+def _in_parts(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages, with each text as a list of one part."""
+    return [
+        {**message, "content": [{"type": "text", "text": content}]}
+        if isinstance(content := message.get("content"), str)
+        else message
+        for message in messages
+    ]
 
 
-def _in_parts(tokenizer: Any, messages: Sequence[Mapping[str, Any]], date: str, variables: Mapping[str, Any]) -> str | None:
-    """The conversation for the templates of some models of images and text, which write or take the parts of a message only; None for others."""
-    try:
-        text = _rendered(tokenizer, [_with_parts(message) for message in messages], date, variables)
-    except CoraError:
-        raise
-    except Exception:  # templates raise what they like
-        return None
-    return text if _writes_any(messages, text) and not any(part in text for part in _PARTS) else None
-
-
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], date: str, variables: Mapping[str, Any]) -> str:
-    state = random.getstate()
-    with clock_at(date):
-        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, **variables))
-    if random.getstate() != state:
-        raise UnsteadyTemplate(
-            "draws at random, such as by Jinja's filter random, so that every call gives another prompt; replace that in it"
-        )
-    if (found := _ADDRESS.search(text)) and found.group() not in repr([messages, variables]):
-        raise UnsteadyTemplate(
-            f"writes {found.group()}, which differs in every process; filters such as map need |list or |join after them"
-        )
-    return text
-
-
-def _writes_any(messages: Sequence[Mapping[str, Any]], text: str) -> bool:
-    """Whether the text of at least one message is in a rendered conversation; True where none has any."""
-    texts = [content.strip() for message in messages if isinstance(content := message.get("content"), str) and content.strip()]
-    return not texts or any(own in text for own in texts)
-
-
-def _with_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message whose text is a list of one part."""
-    content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+def _shows_parts(text: str) -> bool:
+    return any(part in text for part in _PARTS)
 
 
 def with_arguments(message: dict[str, Any], form: type | None) -> dict[str, Any]:

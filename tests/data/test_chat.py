@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from cora_cli.data.chat import apply_chat_template
+from cora_cli.data.chat import ChatTemplate
 from cora_cli.data.records import Record
 from cora_cli.data.templates import Template
 from cora_cli.errors import CoraError
@@ -83,6 +83,13 @@ def test_a_template_that_writes_the_parts_of_messages_gets_texts_as_parts():
         assert one.left_out == ()
 
 
+def test_a_text_that_is_in_what_such_a_template_writes_around_the_messages_is_a_part_too():
+    of_parts = CHATML.replace("m['content']", "m['content'] | selectattr('type', 'defined') | map(attribute='text') | join")
+    talk = Record({"messages": [{"role": "user", "content": "s"}, {"role": "assistant", "content": "a"}]}, "a")
+    one, other = (Template("chat", "messages", with_template(text)).render(talk) for text in (of_parts, CHATML))
+    assert dataclasses.astuple(one) == dataclasses.astuple(other)
+
+
 @pytest.mark.parametrize("endless", ["text", "parts"])
 def test_a_template_that_never_ends_is_not_asked_again_where_nothing_would_stop_it(endless):
     class Tokenizer:
@@ -92,4 +99,4 @@ def test_a_template_that_never_ends_is_not_asked_again_where_nothing_would_stop_
             return "hello" if endless == "text" else ""
 
     with pytest.raises(CoraError, match="more than 10 s"):
-        apply_chat_template(Tokenizer(), [{"role": "user", "content": "hello"}], "2026-01-01")
+        ChatTemplate(Tokenizer(), "2026-01-01").apply([{"role": "user", "content": "hello"}], {})

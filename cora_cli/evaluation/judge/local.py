@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from cora_cli.data.chat import ChatTemplate, UnsteadyTemplate, apply_chat_template
+from cora_cli.data.chat import ChatTemplate, UnsteadyTemplate
 from cora_cli.data.encode import check_rows, encode_prompt
 from cora_cli.data.templates import Rendered, Template, reads_clock
 from cora_cli.device import select_hardware
@@ -129,7 +129,7 @@ class LocalJudge:
         whose = f"the chat template of {self._model.reference}"
         try:
             with bounded(whose):
-                shown = apply_chat_template(self._tokenizer, conversation, self._date, add_generation_prompt=True)
+                shown = ChatTemplate(self._tokenizer, self._date).apply(conversation, {}, add_generation_prompt=True)
         except CoraError:
             raise
         except UnsteadyTemplate as error:
