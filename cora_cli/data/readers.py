@@ -5,9 +5,10 @@
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cora_cli.data.tables import HELD_OUT, check_header, one_of, read_folder, read_hub, read_parquet
 from cora_cli.data.texts import COMPRESSIONS, text_of
@@ -146,14 +147,13 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 raise CoraError(f"{path}, line {number}: not valid JSON ({error}): {line.strip()[:60]!r}{hint}") from error
 
 
-def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
+def _read_csv(path: Path, delimiter: str = ",", quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> Iterator[tuple[str, Any]]:
     """Yield rows as dictionaries by the header's names, with the line on which each starts; a quoted field may span lines.
 
     Columns without a name are left out: the first one, where pandas writes its index, and empty ones, such as those of a spreadsheet.
     So are rows of empty cells, which spreadsheets write around a table.
     """
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text_of(path), newline=""), strict=True, delimiter=delimiter)
+    reader = _rows(text_of(path), delimiter, quoting)
     header: list[str] = []
     unnamed: set[int] = set()
     empty = 0
@@ -168,7 +168,10 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
                 say(f"{path}: {empty:,} row{'s' if empty > 1 else ''} of empty cells left out")
             return
         except csv.Error as error:
-            raise CoraError(f"{where}: not valid {'CSV' if delimiter == ',' else 'TSV'} ({error})") from error
+            raise CoraError(
+                f"{where}: not valid {'CSV' if delimiter == ',' else 'TSV'} ({error}); a text that holds a quotation mark stands in quotes, and the mark "
+                "in it is doubled"
+            ) from error
         if not any(cell.strip() for cell in row):
             empty += bool(row)
         elif not header:
@@ -197,7 +200,31 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
 
 
 def _read_tsv(path: Path) -> Iterator[tuple[str, Any]]:
-    return _read_csv(path, "\t")
+    """As `_read_csv`; quotation marks are read as text where they are no quotes around fields, since many programs write TSV without any.
+
+    That is so where each line has all columns, but some field in quotes would end on a later line or not where its quotes do.
+    """
+    text = text_of(path)
+    columns = {line.count("\t") for line in re.split(r"\r\n|\n|\r", text) if line.strip()}
+    if len(columns) > 1 or columns == {0} or _fits_quoting(text):
+        return _read_csv(path, "\t")
+    say(f"{path}: its quotation marks are not in pairs around fields, so they are read as text")
+    return _read_csv(path, "\t", csv.QUOTE_NONE)
+
+
+def _fits_quoting(text: str) -> bool:
+    """Whether each line of a TSV file is one row with fields in quotes read."""
+    reader = _rows(text, "\t", csv.QUOTE_MINIMAL)
+    try:
+        return all(reader.line_num == number for number, _ in enumerate(reader, start=1))
+    except csv.Error:
+        return False
+
+
+def _rows(text: str, delimiter: str, quoting: Literal[0, 3]) -> Any:
+    """A reader of the package csv, which counts lines, too."""
+    csv.field_size_limit(2**31 - 1)
+    return csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter, quoting=quoting)
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {

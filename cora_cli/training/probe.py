@@ -65,7 +65,7 @@ def begin(config: TrainConfig, flag: str = "--probe") -> Start:
     if plan is not None and not method_of(plan.mode).can_train(plan):
         raise CoraError(f"{flag} has nothing to measure: a frozen factor is zero, so all gradients are zero")
     examples = (
-        probe_examples(prepared, config.probe_examples or EXAMPLES) if flag == "--probe" else examples_of_proposal(prepared)
+        probe_examples(prepared, config.probe_examples) if flag == "--probe" else examples_of_proposal(prepared)
     )
     with temporary_directory("probe") as place:
         # Nothing is written or resumed there.
@@ -118,15 +118,17 @@ def examples_of_proposal(prepared: Prepared) -> Sequence[Example]:
     return probe_examples(prepared, proposal.EXAMPLES, f"{_AUTO}, which measures {proposal.EXAMPLES},")
 
 
-def probe_examples(prepared: Prepared, count: int, asked: str | None = None) -> Sequence[Example]:
+def probe_examples(prepared: Prepared, count: int | None, asked: str | None = None) -> Sequence[Example]:
     """The last training examples: the same for all methods, and others than those that a start is computed from.
 
-    Energy inside a B that was computed from the same examples would say nothing about others. Raises `CoraError` where there are too few,
+    Without a `count`, as many as there are, up to `EXAMPLES`. Energy inside a B that was computed from the same examples would say nothing about others. Raises `CoraError` where there are too few,
     which says what `asked` for them, by default --probe-examples.
     """
     examples, plan = prepared.train.examples, prepared.plan
     observed = plan is not None and method_of(plan.mode).observes(plan.b_init) is not None
     used = len(prepared.start_examples) if observed else 0
+    if count is None:
+        count = max(1, min(EXAMPLES, len(examples) - used))
     if len(examples) < used + count:
         also = f" apart from the {used} that the start is computed from (--start-examples)" if used else ""
         raise CoraError(

@@ -204,7 +204,7 @@ class SharedSettings:
         panel=_RUN,
     )
     probe_examples: int | None = setting(
-        "With --probe: number of training examples to measure on, the last ones of the training set. Default: 32.",
+        "With --probe: number of training examples to measure on, the last ones of the training set. Default: 32, or all where there are fewer.",
         None,
         panel=_RUN,
         most=MOST,

@@ -9,6 +9,7 @@ import os
 import pyarrow
 import pytest
 
+from cora_cli.data.readers import read_located
 from cora_cli.data.records import prompt_key, turns
 from cora_cli.data.split import Choice, load_records, load_split
 from cora_cli.errors import CoraError, UsageError
@@ -463,6 +464,23 @@ def test_tables_with_tabs_and_arrays_in_objects_are_read(tmp_path):
     (tmp_path / "d.ndjson").write_text(json.dumps(PAIR))
     for name in ("b.tsv", "c.json", "d.ndjson"):
         assert load_records(str(tmp_path / name)) == ([PAIR], "prompt")
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ('"open\tx\na\tb"\nc\td\n', [('"open', "x"), ("a", 'b"'), ("c", "d")]),
+        ('"Hello" she said\tx\na\tb\n', [('"Hello" she said', "x"), ("a", "b")]),
+        ('a\t"never closed\nb\tc\n', [("a", '"never closed'), ("b", "c")]),
+        ('"said ""so"""\tx\n"a\ttab"\t"two\nlines"\n', [('said "so"', "x"), ("a\ttab", "two\nlines")]),
+        ('5" nails\tx\n', [('5" nails', "x")]),
+    ],
+)
+def test_quotation_marks_of_a_tsv_file_that_quote_no_fields_are_text(written, read, tmp_path, capsys):
+    (tmp_path / "a.tsv").write_text(f"prompt\tcompletion\n{written}")
+    found = [(row["prompt"], row["completion"]) for _, row in read_located(str(tmp_path / "a.tsv"))]
+    assert found == read
+    assert ("are read as text" in capsys.readouterr().err) == (written[0] != "5" and '""' not in written)
 
 
 @pytest.mark.parametrize(("ending", "compress"), COMPRESSIONS.items())

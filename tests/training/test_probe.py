@@ -82,6 +82,7 @@ def test_a_b_from_the_gradient_is_measured_on_other_examples_and_has_more_than_c
         CoraError, match=rf"--probe-examples {count - 7} needs as many training examples apart from the 8 that the start"
     ):
         probe_examples(prepared, count - 7)
+    assert probe_examples(prepared, None) == prepared.train.examples[-min(32, count - 8) :]
     record = probe(dataclasses.replace(config, probe="unused", probe_examples=8), most_products=1)
     energy = record["probe"]["energy"]["output"]
     assert energy["total"] > 2 * energy["chance"]
