@@ -325,7 +325,7 @@ def _answer(
     room = backend.context - config.max_new_tokens
     if room < 1:
         raise CoraError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {backend.context} tokens"
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {backend.context} tokens; choose a smaller one"
         )
 
     def continues(text: Rendered, problem: dict[str, Any] | None) -> bool:

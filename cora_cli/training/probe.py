@@ -64,9 +64,7 @@ def begin(config: TrainConfig, flag: str = "--probe") -> Start:
     plan = prepared.plan
     if plan is not None and not method_of(plan.mode).can_train(plan):
         raise CoraError(f"{flag} has nothing to measure: a frozen factor is zero, so all gradients are zero")
-    examples = (
-        probe_examples(prepared, config.probe_examples) if flag == "--probe" else examples_of_proposal(prepared)
-    )
+    examples = probe_examples(prepared, config.probe_examples) if flag == "--probe" else examples_of_proposal(prepared)
     with temporary_directory("probe") as place:
         # Nothing is written or resumed there.
         run = RunDirectory(place)

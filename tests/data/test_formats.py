@@ -207,6 +207,12 @@ def test_unknown_columns_are_named_with_the_supported_ones(tmp_path):
         shape_of(set(), "here")
 
 
+def test_spaces_around_the_name_of_a_column_are_seen(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt, completion\na,b\n")
+    with pytest.raises(CoraError, match="found the columns ' completion', prompt;"):
+        load_records(str(tmp_path / "a.csv"))
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -53,7 +53,7 @@ _ROLES = frozenset({*ROLES.values(), "model", "observation", "function_response"
 
 def shape_of(columns: set[str], where: str) -> Shape:
     """Recognise a shape by its columns. Raises a `CoraError` that names the columns found and those needed, or what is ambiguous."""
-    found = f"the columns {', '.join(sorted(columns))}" if columns else "no columns"
+    found = f"the columns {_listed(columns)}" if columns else "no columns"
     if published := [shape for shape in PUBLISHED if shape.fits(columns)]:
         return published[0]
     candidates = [shape for shape in SHAPES if columns >= set(shape.needs)]
@@ -74,7 +74,7 @@ def shape_for(first: Any, where: str) -> Shape:
     columns = columns_of(where, first)
     is_known = any(columns >= set(shape.needs) for shape in (*PUBLISHED, *SHAPES, TEXT)) and not lacks_answer(first)
     if not is_known and (advice := advice_for_preferences(first)):
-        raise CoraError(f"{where}: found the columns {', '.join(sorted(columns))}, which are {advice}")
+        raise CoraError(f"{where}: found the columns {_listed(columns)}, which are {advice}")
     return shape_of(columns, where)
 
 
@@ -89,16 +89,14 @@ def own_shape(columns: set[str], where: str) -> Shape:
     for schema, needed in SCHEMAS.items():
         if columns >= set(needed):
             return Shape(schema, schema, needed, is_chosen=True)
-    raise CoraError(
-        f"{where}: found the columns {', '.join(sorted(columns)) or '(none)'}, which are those of no record of cora"
-    )
+    raise CoraError(f"{where}: found the columns {_listed(columns) or '(none)'}, which are those of no record of cora")
 
 
 def read_record(raw: Any, shape: Shape, where: str) -> Record:
     """One raw record of a shape, checked. Raises `CoraError` that names its place and what is wrong."""
     columns = columns_of(where, raw)
     if missing := [name for name in shape.needs if name not in columns]:
-        found = ", ".join(sorted(columns)) or "no columns"
+        found = _listed(columns) or "no columns"
         raise CoraError(f"{where}: column {', '.join(missing)} is missing; found {found}")
     if extra := sorted(columns & shape.excluded):
         raise CoraError(f"{where}: records of {shape.name} have no {', '.join(extra)}; {HOW_TO_CHOOSE}")
@@ -112,6 +110,11 @@ def read_record(raw: Any, shape: Shape, where: str) -> Record:
             f"{where}: records of {shape.name} have no {', '.join(parts)}, which would be missing in the prompt; {remedy}"
         )
     return _checked(shape.read(raw, where), shape, raw, where)
+
+
+def _listed(columns: set[str]) -> str:
+    """The names in order; in quotes where they begin or end with what nobody sees."""
+    return ", ".join(name if name.isprintable() and name == name.strip() else repr(name) for name in sorted(columns))
 
 
 def columns_of(where: str, record: Any) -> set[str]:
