@@ -7,14 +7,19 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
+from peft import IA3Config
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel
 
 from cora_cli.adapters.peft_settings import pattern_value
 from cora_cli.adapters.storage import PREFIX
 from cora_cli.models.skeleton import ONE_EXPERT, Skeleton
 
+_PARTS = "|".join(sorted({*map(re.escape, PEFT_TYPE_TO_PREFIX_MAPPING.values())}))
+"""How the names of the tensors begin that the methods of PEFT add to a module."""
 _KEY = re.compile(
-    rf"{re.escape(PREFIX)}(?P<module>.+?)(?=\.lora_|\.(?:base_layer|modules_to_save|original_module|token_adapter)\.|\.weight$|\.bias$)"
+    rf"{re.escape(PREFIX)}(?P<module>.+?)(?=\.(?:{_PARTS})|\.(?:base_layer|modules_to_save|original_module|token_adapter)\.|\.weight$|\.bias$)"
 )
 
 Stored = TypeVar("Stored")
@@ -37,26 +42,23 @@ def renamed(stored: Mapping[str, Stored], names: Mapping[str, str]) -> dict[str,
 
 
 def config_by_names(config: dict[str, Any], keys: Collection[str], names: Mapping[str, str]) -> dict[str, Any]:
-    """The configuration of a LoRA whose modules have other names in the model: with these names in place of its patterns, which may fit the others alone."""
-    single = config.get("peft_type") != "LORA" or config.get("target_parameters") or any(ONE_EXPERT.search(key) for key in keys)
-    if not names or single:
+    """The configuration of an adapter whose modules have other names in the model: with these names in place of its patterns, which may fit the others
+    alone.
+    """
+    if not names or config.get("target_parameters") or any(ONE_EXPERT.search(key) for key in keys):
         return config
-    modules = sorted({found["module"] for key in keys if ".lora_" in key and (found := _KEY.match(key))})
-    patterns = {
-        setting: {
-            names.get(module, module): value
-            for module in modules
-            if (value := pattern_value(config.get(setting), module, None)) is not None
-        }
-        for setting in ("rank_pattern", "alpha_pattern")
-    }
-    saved = config.get("modules_to_save")
-    return {
-        **config,
-        **patterns,
-        "target_modules": [names.get(module, module) for module in modules],
-        "modules_to_save": saved and [names.get(module, module) for module in saved],
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }
+    part = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config['peft_type']]}"
+    modules = sorted({found["module"] for key in keys if part in key and (found := _KEY.match(key))})
+    here = {module: names.get(module, module) for module in modules}
+    changed: dict[str, Any] = {}
+    for setting in ("rank_pattern", "alpha_pattern"):
+        if config.get(setting):
+            values = {module: pattern_value(config[setting], module, None) for module in modules}
+            changed[setting] = {here[module]: value for module, value in values.items() if value is not None}
+    if inner := config.get("feedforward_modules"):  # of IA3: those whose input is scaled
+        as_targets = IA3Config(target_modules=inner)
+        changed["feedforward_modules"] = [here[module] for module in modules if check_target_module_exists(as_targets, module)]
+    if saved := config.get("modules_to_save"):
+        changed["modules_to_save"] = [names.get(module, module) for module in saved]
+    unused = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    return {**config, **changed, "target_modules": list(here.values()), **{name: None for name in unused if name in config}}

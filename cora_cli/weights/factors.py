@@ -93,6 +93,8 @@ class AdapterFactors:
                     self.full[found["module"]] = self._shape(key)
             elif _BIAS_KEY.match(key):
                 self.biases.append(key)
+            elif self._is_saved(owner := key.removeprefix("base_model.model.").rpartition(".")[0]):
+                self.hidden.add(owner)
             else:
                 raise CoraError(
                     f"{self.reference}: {key} is neither a lora_A or lora_B matrix nor the weight of a fully saved module"
@@ -244,14 +246,18 @@ class AdapterFactors:
                 raise CoraError(
                     f"{self.reference}: {key} has the shape {stored}, which does not fit the weight {expected} of its base"
                 )
-        saved = tuple(_names(self.config.get("modules_to_save")))  # endings of names, as in PEFT: norm is also input_layernorm
         named = {*_names(self.config.get("target_modules")), "lm_head"}
         for module, key in self._full_keys.items():
-            if module not in shapes and not module.endswith(saved) and not {module, module.rpartition(".")[2]} & named:
+            if module not in shapes and not self._is_saved(module) and not {module, module.rpartition(".")[2]} & named:
                 raise CoraError(
                     f"{self.reference}: {key} belongs to no module of its base, and is neither a lora_A or lora_B matrix nor the weight "
                     "of a module in modules_to_save; it must be named as PEFT's save_pretrained names it"
                 )
+
+    def _is_saved(self, module: str) -> bool:
+        """Whether a module is in modules_to_save, or a part of one; these are endings of names, as in PEFT: norm is also input_layernorm."""
+        saved, parts = tuple(_names(self.config.get("modules_to_save"))), module.split(".")
+        return any(".".join(parts[:end]).endswith(saved) for end in range(1, len(parts) + 1))
 
     def read(self, module: str) -> tuple[float, torch.Tensor, torch.Tensor]:
         """The s, B (out, r) and A (r, in) of an updated module, both float64; ΔW = s·B·A. Call `check` first."""
