@@ -24,6 +24,11 @@ ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 """In the name of what belongs to a single expert; a loaded model may hold the weights of all in one parameter (`fused_experts`)."""
 
 
+def _of_text(name: str) -> str:
+    """The name of a tensor without the component that a class for images and text puts around its language model."""
+    return ".".join(part for part in name.split(".") if part != "language_model")
+
+
 @dataclasses.dataclass(frozen=True)
 class Skeleton:
     """A causal language model on the meta device."""
@@ -39,16 +44,19 @@ class Skeleton:
 
     def renamed_modules(self, modules: Collection[str]) -> dict[str, str]:
         """The name in the loaded model of each of `modules` that an earlier transformers named otherwise, or that a class for images and text holds
-        within `language_model`; no two get one name.
+        within `language_model`, but that for text alone does not; no two get one name.
 
         PEFT applies the rules for the former, and takes no module of the model without its head, whose names lack the prefix, for one with a head.
         """
         loaded = self.loaded_names(f"{module}.weight" for module in modules)
         names = {key.removesuffix(".weight"): name.removesuffix(".weight") for key, name in loaded.items()}
-        for module in modules:
-            of_text = ".".join(part for part in module.split(".") if part != "language_model")
-            if module not in names and f"{of_text}.weight" in self._own:
-                names[module] = of_text
+        by_text: dict[str, list[str]] = {}
+        for name in self._own:
+            by_text.setdefault(_of_text(name), []).append(name)
+        for module in set(modules) - names.keys():
+            same_text = by_text.get(_of_text(f"{module}.weight"), [])
+            if len(same_text) == 1:
+                names[module] = same_text[0].removesuffix(".weight")
         every = [names.get(module, module) for module in modules]
         same = {module: {module, f"{self.model.base_model_prefix}.{module}"} for module in names}
         return {module: name for module, name in names.items() if name not in same[module] and every.count(name) == 1}

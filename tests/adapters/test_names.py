@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MllamaForConditionalGeneration
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, MllamaForConditionalGeneration
 
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.loading import load_adapter
@@ -92,6 +92,27 @@ def test_an_adapter_with_two_names_of_one_layer_is_refused(gemma3, named_as_befo
         load_adapter(AutoModelForCausalLM.from_pretrained(gemma3), resolve_model(str(old)))
     with pytest.raises(CoraError, match=r"language_model\.model\.layers\.0.* matches no module of its base"):
         open_source(resolve_model(str(old)))
+
+
+def test_an_adapter_of_the_class_for_text_alone_fits_the_class_for_images_and_text(gemma3, tmp_path):
+    torch.manual_seed(1)
+    settings = {
+        "target_modules": ["q_proj", "down_proj"],
+        "alpha_pattern": {r"model.layers.0.*": 32},
+        "layers_to_transform": [0, 1],
+    }
+    config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, base_model_name_or_path=str(gemma3), **settings)
+    both = load(gemma3)
+    text = Gemma3ForCausalLM(both.config.text_config)
+    text.model.load_state_dict(both.model.language_model.state_dict())
+    text.name_or_path = str(gemma3)
+    wrapped = get_peft_model(text, config).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    adapter = resolve_model(str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(load_adapter(load(gemma3), adapter)), logits(wrapped), atol=1e-5, rtol=1e-5)
+    merged = wrapped.merge_and_unload().model.layers[0].self_attn.q_proj.weight.double()
+    found = open_source(adapter).read("model.language_model.layers.0.self_attn.q_proj")
+    torch.testing.assert_close(found, merged, atol=1e-6, rtol=0)
 
 
 def test_the_text_part_of_an_image_model_is_merged_into_a_model_that_is_loaded_again(mllama, tmp_path):
