@@ -74,7 +74,7 @@ def export_adapter(
         before = {name: linear.weight.detach().clone() for name, linear in linears.items()}
     names = names_of(model, Checkpoint(adapter).shapes)
     stored = renamed(Checkpoint(adapter).shapes, names)
-    wrapped = load_adapter(model, adapter, basis_path, rank=rank)
+    wrapped = load_adapter(model, adapter, basis_path, rank=rank, base=base)
     config, state = _as_lora(wrapped, adapter, before, stored)
     if split := split_parts(model):
         config, state = _on_fused(config, state, wrapped, split, adapter)

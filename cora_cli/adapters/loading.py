@@ -23,7 +23,7 @@ from cora_cli import writing
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import COMPACT_FILE, AdapterFacts, read_facts, starting_b
 from cora_cli.adapters.install import apply_trained_set, install_adapter
-from cora_cli.adapters.names import config_by_names, names_of, renamed
+from cora_cli.adapters.names import config_by_names, names_of, of_left_out_parts, renamed
 from cora_cli.adapters.peft_settings import check_patterns, misfit, say_other_weight_files, say_unknown_settings
 from cora_cli.adapters.rows import resize_embeddings
 from cora_cli.adapters.storage import PREFIX, WEIGHTS_FILE, check_is_complete, stores_trained
@@ -45,11 +45,13 @@ def load_adapter(
     basis_path: Path | None = None,
     trainable: bool = False,
     rank: int | None = None,
+    base: ModelPath | None = None,
 ) -> PeftModel:
     """Wrap `model` with the adapter at `adapter`, standard or compact; B is frozen again where its method freezes it. Where the adapter
     was trained on views of a fused projection, that is split in `model`.
 
-    `rank` cuts it to its first pairs; see `check_rank`.
+    `rank` cuts it to its first pairs; see `check_rank`. `base` is where `model` comes from: what the adapter changes of parts of it that `model`
+    lacks, such as the one that reads images, is left out, and a line says so.
 
     Raises `CoraError` where keys are missing or unknown, where a needed basis differs from the recorded one, where a trained adapter
     changes nothing, and, if `trainable`, where the stored tensors are not the trained ones.
@@ -79,11 +81,13 @@ def load_adapter(
                 stored = _stored_tensors(adapter)
                 if facts is None:
                     _check_gathered(adapter, stored)
-                names = names_of(model, stored)
+                names, config = names_of(model, stored), adapter.adapter_config()
+                if apart := of_left_out_parts(model, stored, names, base) if base is not None else set():
+                    stored, config = _without(apart, stored, config, model, adapter)
                 state = renamed(stored, names)
                 check_start(adapter)
                 resize_embeddings(model, state, adapter)
-                config = config_by_names(adapter.adapter_config(), stored, names)
+                config = config_by_names(config, stored, names)
                 with _for_peft(adapter, state, config) as path:
                     wrapped = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
                 _check_arrived(wrapped, state, adapter)
@@ -216,6 +220,26 @@ def _other_shape(error: Exception) -> str | None:
     return found and (
         f"{found[1]} has the shape ({found[2]}) in its file, but ({found[3]}) by its configuration and the base model: they do not belong together"
     )
+
+
+def _without(
+    apart: set[str], stored: dict[str, torch.Tensor], config: dict[str, Any], model: PreTrainedModel, adapter: ModelPath
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What an adapter stores but for the keys `apart`, and its configuration without the saved modules that are none of `model`; says so."""
+    if len(apart) == len(stored):
+        raise CoraError(
+            f"adapter {adapter.path} changes none of the layers of {type(model).__name__}, only others, such as {min(apart)}"
+        )
+    say(
+        f"adapter {adapter.path}: {len(apart)} of its {len(stored)} tensors are of parts that {type(model).__name__} lacks, such as {min(apart)}; they are "
+        "left out"
+    )
+    saved = [
+        name
+        for name in config.get("modules_to_save") or ()
+        if any(module.endswith(name) for module, _ in model.named_modules())
+    ]
+    return {key: stored[key] for key in stored if key not in apart}, {**config, "modules_to_save": saved or None}
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def merge_adapter(
     widest = max(stored.values(), key=lambda kind: torch.finfo(kind).bits, default=None)
     model = load_model(base, widest or _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
     tied, rows = not has_own_head(model), embedding_rows(model)
-    wrapped = load_adapter(model, adapter, basis_path)
+    wrapped = load_adapter(model, adapter, basis_path, base=base)
     layers = len(list(adapted_layers(wrapped)))
     lost = say_rounded_away(wrapped, adapter)
     merged = merged_into_base(wrapped, adapter, safe=True)

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from cora_cli.adapters.peft_settings import pattern_value
 from cora_cli.adapters.storage import PREFIX
+from cora_cli.models.checkpoint import Checkpoint
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.skeleton import ONE_EXPERT, Skeleton
 
 _PARTS = "|".join(sorted({*map(re.escape, PEFT_TYPE_TO_PREFIX_MAPPING.values())}))
@@ -39,6 +41,23 @@ def renamed(stored: Mapping[str, Stored], names: Mapping[str, str]) -> dict[str,
         f"{PREFIX}{names[modules[key]]}{key.removeprefix(PREFIX + modules[key])}" if key in modules else key: value
         for key, value in stored.items()
     }
+
+
+def of_left_out_parts(model: PreTrainedModel, keys: Collection[str], names: Mapping[str, str], base: ModelPath) -> set[str]:
+    """Which `keys` of an adapter are of parts of its base that the loaded model lacks, such as the one that reads images."""
+    known = {name for name, _ in model.named_modules()} | names.keys()
+    modules = {
+        key: found["module"] if (found := _KEY.match(key)) else key.removeprefix(PREFIX).rpartition(".")[0]
+        for key in keys
+        if key.startswith(PREFIX)
+    }
+    unknown = {module for module in modules.values() if module not in known}
+    if not unknown:
+        return set()
+    # The names in the files may have a prefix that those of the class lack, or lack one.
+    parts = [f".{tensor.rpartition('.')[0]}" for tensor in Skeleton(model).left_out(Checkpoint(base).shapes)]
+    apart = {module for module in unknown if any(part.endswith(f".{module}") or f".{module}".endswith(part) for part in parts)}
+    return {key for key, module in modules.items() if module in apart}
 
 
 def config_by_names(config: dict[str, Any], keys: Collection[str], names: Mapping[str, str]) -> dict[str, Any]:

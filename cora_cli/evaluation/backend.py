@@ -108,7 +108,7 @@ def _load(config: EvaluateConfig, target: Target, hardware: Hardware) -> tuple[A
     def load() -> Any:
         model = load_model(target.base, hardware.dtype, hardware.device, None, config.trust_remote_code)
         basis = Path(config.basis) if config.basis else None
-        return load_adapter(model, adapter, basis, rank=target.rank) if adapter is not None else model
+        return load_adapter(model, adapter, basis, rank=target.rank, base=target.base) if adapter is not None else model
 
     model = load()
     if adapter is None or not config.merge or target.draws:

@@ -134,7 +134,7 @@ class _Host:
             path if complete else base_path, torch.float32 if complete else hardware.dtype, hardware.device, None
         )
         # Not PEFT's model, which wants an adapter's layer to be left where all are taken out below.
-        inner = self.model = transformers_model(load_adapter(loaded, path) if path.is_adapter else loaded)
+        inner = self.model = transformers_model(load_adapter(loaded, path, base=base_path) if path.is_adapter else loaded)
         split_projections(inner, target_modules)
         known = dict(inner.named_modules())
         if lacking := [module for module in modules if isinstance(known.get(module), SplitProjection | None)]:

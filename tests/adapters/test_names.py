@@ -130,10 +130,11 @@ PATTERNS = {
     "exclude_modules": r".*layers\.2\..*",
 }
 SAVED = {"target_modules": r".*language_model.*(q|gate)_proj", "modules_to_save": ["lm_head"], "use_rslora": True}
+IMAGES = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["multi_modal_projector"]}
 
 
-@pytest.mark.parametrize("settings", [PATTERNS, SAVED], ids=["patterns", "saved"])
-def test_an_adapter_of_the_class_for_images_and_text_changes_the_language_model_as_there(settings, mllama, tmp_path):
+@pytest.mark.parametrize("settings", [PATTERNS, SAVED, IMAGES], ids=["patterns", "saved", "images"])
+def test_an_adapter_of_the_class_for_images_and_text_changes_the_language_model_as_there(settings, mllama, tmp_path, capsys):
     """Its patterns fit the names of that class alone, so that on the language model they would leave out layers, ranks and scales in silence."""
     torch.manual_seed(1)
     config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, base_model_name_or_path=str(mllama), **settings)
@@ -141,7 +142,9 @@ def test_an_adapter_of_the_class_for_images_and_text_changes_the_language_model_
     wrapped.save_pretrained(tmp_path / "adapter")
     expected, adapter = logits(wrapped), resolve_model(str(tmp_path / "adapter"))
     assert not torch.allclose(expected, logits(load(mllama)), atol=1e-2)
-    torch.testing.assert_close(logits(load_adapter(load(mllama), adapter)), expected, atol=1e-5, rtol=1e-5)
+    loaded = load_adapter(load(mllama), adapter, base=resolve_model(str(mllama)))
+    assert ("are of parts that MllamaForCausalLM lacks, such as base_model" in capsys.readouterr().err) == (settings is IMAGES)
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
     merge_adapter(adapter, tmp_path / "merged")
     torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-5, rtol=1e-5)
     merged = wrapped.merge_and_unload().model.language_model.layers[0].self_attn.q_proj.weight.double()
@@ -163,3 +166,13 @@ def test_an_exported_lora_has_the_names_of_the_class_that_its_adapter_has(mllama
     torch.testing.assert_close(
         logits(load_adapter(load(mllama), resolve_model(str(tmp_path / "exported")))), logits(wrapped), atol=1e-5, rtol=1e-5
     )
+
+
+def test_an_adapter_that_changes_other_parts_than_the_language_model_alone_is_refused(mllama, tmp_path):
+    config = LoraConfig(r=2, target_modules=r".*vision_model.*q_proj", init_lora_weights=False)
+    wrapped = get_peft_model(MllamaForConditionalGeneration.from_pretrained(mllama), config)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        CoraError, match="changes none of the layers of MllamaForCausalLM, only others, such as base_model.*vision_model"
+    ):
+        load_adapter(load(mllama), resolve_model(str(tmp_path / "adapter")), base=resolve_model(str(mllama)))
