@@ -25,7 +25,7 @@ from cora_cli.adapters.merge import CannotMerge, merged_into_base, no_change_of_
 from cora_cli.adapters.names import names_of, renamed
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.rows import embedding_rows, say_tokens_without_rows
-from cora_cli.adapters.storage import WEIGHTS_FILE, order_names, plain_factors
+from cora_cli.adapters.storage import PREFIX, WEIGHTS_FILE, order_names, plain_factors
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import AS_THE_FILE_SAYS
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, factors_of, linear_weight, lora_layers, stores_transposed
@@ -190,10 +190,12 @@ def _with_one_scale(
 
     vLLM and others know neither ranks and scales that vary over the layers nor the starts that PEFT subtracts from the weights.
     """
-    factors = {}
+    factors, biases = {}, {}
     for name, layer in lora_layers(wrapped):
         if ADAPTER not in layer.lora_A:
             return state  # an embedding's factors have other shapes
+        if (key := f"{PREFIX}{name}.lora_B.bias") in state:
+            biases[key] = layer.scaling[ADAPTER] * state[key]
         a, b = factors_of(layer)
         factors[name] = a, layer.scaling[ADAPTER] * b
         if name in before:
@@ -203,7 +205,7 @@ def _with_one_scale(
     config.r = config.lora_alpha = rank
     config.use_rslora, config.init_lora_weights = False, True
     config.rank_pattern, config.alpha_pattern = {}, {}
-    return {key: tensor for key, tensor in state.items() if ".lora_A." not in key and ".lora_B." not in key} | made
+    return {key: tensor for key, tensor in state.items() if ".lora_A." not in key and ".lora_B." not in key} | made | biases
 
 
 def _oriented(layer: Any, weight: torch.Tensor) -> torch.Tensor:

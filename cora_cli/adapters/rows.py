@@ -50,22 +50,25 @@ def _fill_added_rows(
     Otherwise they would be drawn at random, and those of a head enter the probabilities of all tokens. Nearly the mean is what transformers gives
     them where it adds tokens before a training.
     """
+    copied = tuple(adapter.adapter_config().get("modules_to_save") or ())  # PEFT gives these a weight of their own
     shared: dict[torch.nn.Parameter, list[str]] = {}  # the names of each weight: head and embedding may share theirs
     for name, module in _ends(model):
         shared.setdefault(module.weight, []).append(name)
     for weight, names in shared.items():
         known = before[names[0]]
         weight[known:] = weight[:known].float().mean(dim=0).to(weight.dtype)
-        stored = any(key in state for name in names for key in _weight_keys(name))
-        if (
-            len(weight) > known
-            and not stored
-            and not any(f"{PREFIX}{name}.token_adapter." in key for key in state for name in names)
-        ):
+        held = {name for name in names if _holds_rows(state, name)}
+        shared_rows = held - {name for name in held if name.endswith(copied)}
+        lacking = [] if shared_rows else [name for name in names if name not in held]
+        if len(weight) > known and lacking:
             say(
-                f"adapter {adapter.path} adds {len(weight) - known} tokens, but stores no rows of {names[0]} for them; they get the mean of its other "
+                f"adapter {adapter.path} adds {len(weight) - known} tokens, but stores no rows of {lacking[0]} for them; they get the mean of its other "
                 "rows, as where transformers adds tokens"
             )
+
+
+def _holds_rows(state: Mapping[str, torch.Tensor], name: str) -> bool:
+    return any(key in state for key in _weight_keys(name)) or any(f"{PREFIX}{name}.token_adapter." in key for key in state)
 
 
 def _ends(model: PreTrainedModel) -> list[tuple[str, Any]]:

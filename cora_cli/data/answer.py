@@ -54,8 +54,8 @@ class Conversation:
     def lead(self, text: str) -> str:
         """What the template writes before an answer of text, such as the end of the thoughts that the prompt begins.
 
-        Nothing where that is white space or what the prompt has begun already, or where the template writes something else before this text than before
-        others.
+        Nothing where that is what the prompt has begun already, or white space behind what it has begun, or where the template writes something else
+        before this text than before others.
         """
         if self.earlier is None or self.probed is None:
             return ""
@@ -64,7 +64,8 @@ class Conversation:
             text.strip()
         )
         lead = (dataclasses.replace(self, answered=self.probed).behind_prompt(PROBE) or "").partition(PROBE)[0]
-        return lead if is_before_text and lead.strip() not in self.prompt.removeprefix(self.earlier) else ""
+        begun = self.prompt.removeprefix(self.earlier).strip()
+        return lead if is_before_text and (not begun or lead.strip() not in begun) else ""
 
     def _turn(self) -> tuple[str, str] | None:
         """How the prompt begins the answer, and the rendered conversation from that place on."""
@@ -74,7 +75,9 @@ class Conversation:
         if not header.strip():  # prompts end as conversations do, such as behind the result of a tool
             # Some write the system message before the user's last one, and only where that is to be answered.
             before = self.probed.rpartition(PROBE)[0]
-            for own in (before, before.rstrip()):
+            bare = before.rstrip()
+            # White space before an answer is the model's to write where the prompt does not end with it.
+            for own in (before, bare) if self.prompt.endswith(before.removeprefix(bare)) else (bare, before):
                 if own and self.answered.startswith(own):
                     return "", self.answered.removeprefix(own)
             return self.prompt, self.answered

@@ -38,7 +38,8 @@ MESSAGE_ENTRIES = frozenset(
     }
 )
 """Entries of a message that chat templates write. Others, such as an id, a time or a mark, make no other prompt of the same conversation."""
-_MISSING = frozenset({"nan", "NaN", "NaT", "<NA>", "None", "null", "NULL"})
+_MISSING = frozenset({"nan", "NaN", "NaT", "<NA>", "None", "null", "NULL", "NA", "#N/A", "\\N"})
+"""What pandas, Python, databases, R and spreadsheets write for a value that is missing."""
 _Form = Literal["read", "complete", "written"]
 """How a prompt is hashed: with the entries that templates read; as earlier versions did, with all of them; and as the first ones, white space included."""
 

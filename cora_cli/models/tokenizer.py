@@ -48,6 +48,7 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
         _refuse_sentencepiece(model)
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
     model.require_unchanged()
+    _refuse_empty(model, tokenizer)
     _say_other_templates(model, tokenizer)
     if adapter is not None and not adapter.has_tokenizer and adapter.chat_template.is_file():
         tokenizer.chat_template = read_text(adapter.chat_template)
@@ -72,6 +73,19 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
             f"the token that ends its texts{such}"
         )
     return tokenizer
+
+
+def _refuse_empty(model: ModelPath, tokenizer: Any) -> None:
+    """Raise `CoraError` where the vocabulary is missing: transformers then gives a tokenizer of special tokens, to which a text is none."""
+    if tokenizer.vocab_size > 256:  # a look through a large vocabulary is slow
+        return
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    if not tokenizer.get_vocab().keys() - added - {*tokenizer.all_special_tokens, "▁"}:  # which stands for a space
+        instead = "remove tokenizer_config.json to have that of the base" if model.is_adapter else "download the model again"
+        raise CoraError(
+            f"the tokenizer of {model.reference} knows no tokens but special ones: a file of its vocabulary is missing, such as tokenizer.json; copy it "
+            f"into that directory, or {instead}"
+        )
 
 
 def _refuse_sentencepiece(model: ModelPath) -> None:

@@ -140,6 +140,13 @@ def test_rows_of_a_head_that_an_adapter_leaves_out_are_the_mean_of_the_others_an
     assert "adds 2 tokens, but stores no rows of lm_head for them; they get the mean" in capsys.readouterr().err
 
 
+def test_a_head_that_shared_its_weight_with_a_saved_embedding_has_no_rows_of_its_own(tiny_model, tmp_path, capsys):
+    known = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size
+    foreign(tiny_model, tmp_path / "adapter", known + 2, complete=False, modules_to_save=["embed_tokens"])
+    load_adapter(LlamaForCausalLM.from_pretrained(tiny_model), resolve_model(str(tmp_path / "adapter")))
+    assert "adds 2 tokens, but stores no rows of lm_head for them" in capsys.readouterr().err
+
+
 def test_an_embedding_with_more_rows_than_its_head_keeps_them(mllama, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(mllama)
     rows = len(base.get_input_embeddings().weight)

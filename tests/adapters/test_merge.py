@@ -203,6 +203,19 @@ def test_a_base_without_a_tokenizer_is_merged_without_one(left_out, adapters, ti
         load_tokenizer(resolve_model(str(bare)))
 
 
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "GPT2Tokenizer", "GemmaTokenizer", "BertTokenizer", "T5Tokenizer"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(kind, adapters, tiny_model, tmp_path):
+    """transformers 5 gives one that knows special tokens only."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(adapters["standard"][0].path, adapter)
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "eos_token": "</s>"}))
+    with pytest.raises(
+        CoraError, match=r"knows no tokens but special ones: .* or remove tokenizer_config.json to have that of the base"
+    ):
+        merge_adapter(resolve_model(str(adapter)), tmp_path / "merged", base=resolve_model(str(tiny_model)))
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_foreign_adapter_on_another_base_than_it_names_is_taken_and_said(tiny_model, tmp_path, capsys):
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     wrapped = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
@@ -299,6 +312,7 @@ def test_an_adapter_on_weights_that_cannot_be_computed_again_is_refused(start, t
     [
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora", "bias": "all"},
+        {"lora_bias": True, "alpha_pattern": {"layers.1.self_attn.q_proj": 64}},
         {
             "rank_pattern": {"layers.0.self_attn.q_proj": 2},
             "alpha_pattern": {"layers.1.self_attn.q_proj": 3},
@@ -316,7 +330,7 @@ def test_an_exported_lora_has_one_scale_and_stands_on_the_base_itself(settings, 
     exported = resolve_model(str(tmp_path / "exported"))
     config = exported.adapter_config()
     assert (config["init_lora_weights"], config["rank_pattern"], config["alpha_pattern"]) == (True, {}, {})
-    assert is_plain_lora(exported) is ("bias" not in settings)
+    assert is_plain_lora(exported) is not ("bias" in settings or "lora_bias" in settings)
     found = logits(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), tmp_path / "exported"))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 

@@ -173,6 +173,6 @@ def test_an_adapter_that_changes_other_parts_than_the_language_model_alone_is_re
     wrapped = get_peft_model(MllamaForConditionalGeneration.from_pretrained(mllama), config)
     wrapped.save_pretrained(tmp_path / "adapter")
     with pytest.raises(
-        CoraError, match="changes none of the layers of MllamaForCausalLM, only others, such as base_model.*vision_model"
+        CoraError, match=r"changes none of the layers of MllamaForCausalLM, only others, such as base_model.*vision_model"
     ):
         load_adapter(load(mllama), resolve_model(str(tmp_path / "adapter")), base=resolve_model(str(mllama)))

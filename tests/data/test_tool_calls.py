@@ -124,6 +124,9 @@ def test_a_call_is_trained_without_the_question_where_the_system_message_stands_
     call = {"role": "assistant", "content": content, "tool_calls": [{"name": "clock"}]}
     rendered = Template("chat", "messages", with_template(text)).render({"messages": [*TALK["messages"][:2], call]})
     assert (rendered.prompt, rendered.response) == ("[INST]Be brief. one?[/INST]", "[CALL]clock")
+    said = {"role": "assistant", "content": "noon"}
+    rendered = Template("chat", "messages", with_template(text)).render({"messages": [*TALK["messages"][:2], said]})
+    assert (rendered.prompt, rendered.response) == ("[INST]Be brief. one?[/INST]", f"{space}noon")
 
 
 def test_a_call_is_never_trained_with_the_conversation_before_it():
