@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel
-from peft.utils import get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +34,7 @@ from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.fused import SplitProjection, split_parts
 from cora_cli.models.loading import load_model
 from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import location
 from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
 from cora_cli.models.trained_on import carry_record
 
@@ -79,8 +80,8 @@ def export_adapter(
     if split := split_parts(model):
         config, state = _on_fused(config, state, wrapped, split, adapter)
     if names and (base.config().get("architectures") or [type(model).__name__])[0] != type(model).__name__:
-        config, state = _by_stored_names(config, state, names, adapter)
-    config.base_model_name_or_path = base.reference.partition("@")[0] if base.revision else base.reference
+        config, state = _by_stored_names(config, state, names, adapter, wrapped)
+    config.base_model_name_or_path = base.reference.partition("@")[0] if base.revision else location(base.reference)
     config.revision = base.revision
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     order_names(config)
@@ -151,7 +152,7 @@ def _as_lora(
 
 
 def _by_stored_names(
-    config: Any, state: dict[str, torch.Tensor], names: Mapping[str, str], adapter: ModelPath
+    config: Any, state: dict[str, torch.Tensor], names: Mapping[str, str], adapter: ModelPath, wrapped: PeftModel
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """The LoRA by the names of the adapter's files, which are those of the base's own class: PEFT finds no other ones there, and says nothing."""
     stored_as, stated = {name: stored for stored, name in names.items()}, adapter.adapter_config().get("target_modules")
@@ -160,8 +161,12 @@ def _by_stored_names(
         config.target_modules = stated
     elif config.target_modules:
         config.target_modules = {stored_as.get(name, name) for name in config.target_modules}
-    if config.modules_to_save:
-        config.modules_to_save = [stored_as.get(name, name) for name in config.modules_to_save]
+    if (
+        config.modules_to_save
+    ):  # by their complete names, since a part of the class that this model lacks may have others with such an ending
+        inner = wrapped.get_base_model()
+        saved = [name for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+        config.modules_to_save = [stored_as.get(name, name) for name in saved]
     return config, renamed(state, stored_as)
 
 

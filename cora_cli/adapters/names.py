@@ -16,7 +16,7 @@ from cora_cli.adapters.peft_settings import pattern_value
 from cora_cli.adapters.storage import PREFIX
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.skeleton import ONE_EXPERT, Skeleton
+from cora_cli.models.skeleton import ONE_EXPERT, Skeleton, of_text
 
 _PARTS = "|".join(sorted({*map(re.escape, PEFT_TYPE_TO_PREFIX_MAPPING.values())}))
 """How the names of the tensors begin that the methods of PEFT add to a module."""
@@ -64,16 +64,27 @@ def config_by_names(config: dict[str, Any], keys: Collection[str], names: Mappin
     """The configuration of an adapter whose modules have other names in the model: with these names in place of its patterns, which may fit the others
     alone.
     """
-    if not names or config.get("target_parameters") or any(ONE_EXPERT.search(key) for key in keys):
+    if not names or any(ONE_EXPERT.search(key) for key in keys):
         return config
     part = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config['peft_type']]}"
-    modules = sorted({found["module"] for key in keys if part in key and (found := _KEY.match(key))})
+    parameters = config.get("target_parameters") or []
+    owners = tuple(name.rpartition(".")[0] for name in parameters)
+    every = {found["module"] for key in keys if part in key and (found := _KEY.match(key))}
+    modules = sorted(module for module in every if not (owners and module.endswith(owners)))
     here = {module: names.get(module, module) for module in modules}
     changed: dict[str, Any] = {}
+    if parameters:
+        changed["target_parameters"] = [of_text(name) for name in parameters]
+    if config["peft_type"] == "ADALORA":  # which names a tensor of each module, and the pairs that it keeps
+        kept = {key.partition(".lora_"): value for key, value in (config.get("rank_pattern") or {}).items()}
+        changed["rank_pattern"] = {
+            f"{names.get(module, module)}{mark}{end}": value for (module, mark, end), value in kept.items()
+        }
     for setting in ("rank_pattern", "alpha_pattern"):
-        if config.get(setting):
+        if config.get(setting) and setting not in changed:
             values = {module: pattern_value(config[setting], module, None) for module in modules}
-            changed[setting] = {here[module]: value for module, value in values.items() if value is not None}
+            ours = {here[module]: value for module, value in values.items() if value is not None}
+            changed[setting] = ours | ({of_text(name): value for name, value in config[setting].items()} if parameters else {})
     if inner := config.get("feedforward_modules"):  # of IA3: those whose input is scaled
         as_targets = IA3Config(target_modules=inner)
         changed["feedforward_modules"] = [here[module] for module in modules if check_target_module_exists(as_targets, module)]

@@ -24,6 +24,7 @@ from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.fused import split_parts
 from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import location
 from cora_cli.models.tokenizer import save_tokenizer
 from cora_cli.records import read_run
 
@@ -57,7 +58,7 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts, tokeniz
         config.lora_alpha = int(config.lora_alpha)  # the type of PEFT's field, which other readers may require
     # Copies, since safetensors refuses one tensor under two names, and layers may share matrices.
     state = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
-    config.base_model_name_or_path = facts.base.partition("@")[0] if facts.base_revision else facts.base
+    config.base_model_name_or_path = facts.base.partition("@")[0] if facts.base_revision else location(facts.base)
     config.revision = facts.base_revision
     config.inference_mode = True
     name = COMPACT_FILE if facts.compact else WEIGHTS_FILE

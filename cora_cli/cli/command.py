@@ -172,7 +172,16 @@ def command(
     parameters = [_parameter(field, hints[field.name]) for field in grouped]
     entry.__signature__ = inspect.Signature([*parameters, *_common_parameters(hints)])  # type: ignore[attr-defined]
     entry.__doc__ = run.__doc__
-    app.command(name, cls=Command, no_args_is_help=any(field.default is dataclasses.MISSING for field in fields))(entry)
+    lists = frozenset(
+        field.name
+        for field in fields
+        if _is_tuple(hints[field.name]) and not field.metadata["argument"] and not field.metadata["repeated"]
+    )
+    app.command(
+        name,
+        cls=type("Command", (Command,), {"lists": lists}),
+        no_args_is_help=any(field.default is dataclasses.MISSING for field in fields),
+    )(entry)
 
 
 def _refuse_texts(fields: Iterable[dataclasses.Field], values: Mapping[str, Any]) -> None:

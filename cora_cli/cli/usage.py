@@ -29,14 +29,19 @@ _INPUTS = ("dataset", "test_dataset", "model", "config")
 class Command(TyperCommand):
     """A command whose help has a heading for each panel of flags, in plain text; rich takes twice as long."""
 
+    lists: frozenset[str] = frozenset()
+    """The options that take several values with commas between them."""
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the command line. Raises `BadParameter` for an input that is given twice, with different values."""
+        """Parse the command line. Raises `BadParameter` for an input or a list that is given twice, with different values."""
         for parameter in self.get_params(ctx):
-            given = [value for flag in parameter.opts for value in _values_of(flag, args)] if parameter.name in _INPUTS else []
+            is_list = parameter.name in self.lists
+            asked = is_list or parameter.name in _INPUTS
+            given = [value for flag in parameter.opts for value in _values_of(flag, args)] if asked else []
             if len(set(given)) > 1:
-                raise typer.BadParameter(
-                    f"{parameter.opts[0]} is given several times ({', '.join(given)}), but takes one value; give one"
-                )
+                flag = parameter.opts[0]
+                takes = f"takes its values in one list: {flag} {','.join(given)}" if is_list else "takes one value; give one"
+                raise typer.BadParameter(f"{flag} is given several times ({', '.join(given)}), but {takes}")
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -208,6 +208,11 @@ def build_row(settings: Values, varied: Collection[str], scope: Scope, where: st
     row = _assemble(mode, needs_basis, values, scope, where, problems)
     if len(problems) > found:
         return None
+    if row.train is not None:  # rows that differ in such a setting alone would be one run under several names
+        for why, names in row.training.unused().items():
+            problems += [f"{where}: {name} has no effect {why}; leave it out" for name in names if name in values]
+    if len(problems) > found:
+        return None
     told_apart = _told_apart(values, varied, {"method"} if mode == "basis" else set())
     label = " ".join([values.get("label") or _label(row), *(f"{key}={text}" for key, text in told_apart)])
     plain = dataclasses.replace(row, ensemble=None, laplace=None)

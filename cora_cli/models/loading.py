@@ -5,6 +5,7 @@ loaded model.
 """
 
 import contextlib
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,9 @@ def completed_ends(model: Any, ends: Collection[int]) -> list[int] | None:
     return [*listed, *further] if further else None
 
 
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
 def save_model(
     model: Any,
     source: ModelPath,
@@ -298,9 +302,13 @@ def save_model(
     if complete := completed_ends(model, ends):
         model.generation_config.eos_token_id = complete
     model.save_pretrained(directory, state_dict=weights)
+    stated = load_configuration(source, trust_remote_code)
+    if type(stated) is type(model.config):  # how images become its input stays as it is
+        for file in (source.path / name for name in _PROCESSORS):
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
     if type(model.config) in AutoModelForCausalLM._model_mapping:
         return
-    stated = load_configuration(source, trust_remote_code)
     if type(stated) is not type(model.config):  # else it has code of its own
         stated.text_config, stated.dtype, stated.architectures = model.config, model.dtype, [type(model).__name__]
         stated.save_pretrained(directory)

@@ -118,6 +118,13 @@ class ModelPath:
         """Where the directory keeps a chat template as a file of its own."""
         return self.path / "chat_template.jinja"
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer in the directory has a chat template, in any of the places for one."""
+        settings = self.path / "tokenizer_config.json"
+        inside = settings.is_file() and isinstance(stated := read_json(settings), dict) and bool(stated.get("chat_template"))
+        return inside or self.chat_template.is_file() or any(self.path.glob("additional_chat_templates/*.jinja"))
+
     def tokenizer_files(self) -> list[Path]:
         """The files that decide how text becomes tokens."""
         own = [self.path / name for name in _TOKENIZER_FILES if (self.path / name).exists()]
@@ -185,13 +192,12 @@ class ModelPath:
 
     def other_weight_files(self) -> list[Path]:
         """Weight files next to those of an adapter, which PEFT does not read, such as `non_lora_trainables.bin` of LLaVA."""
-        found = (
-            [file for ending in WEIGHT_ENDINGS for file in sorted(self.path.glob(f"*.{ending}"))]
-            if self._adapter_files()
-            else []
-        )
-        own = ("adapter_", ".", rundir.POSTERIOR)
-        return [file for file in found if not (file.name.startswith(own) or _NO_WEIGHTS.fullmatch(file.name))]
+        if not (own := self._adapter_files()):
+            return []
+        found = [file for ending in WEIGHT_ENDINGS for file in sorted(self.path.glob(f"*.{ending}")) if file not in own]
+        return [
+            file for file in found if not (file.name.startswith((".", rundir.POSTERIOR)) or _NO_WEIGHTS.fullmatch(file.name))
+        ]
 
     def check_unambiguous(self) -> None:
         """Raise `CoraError` for a directory with the weights of both a complete model and an adapter, or of an adapter that is not PEFT's."""
@@ -237,6 +243,11 @@ class ModelPath:
                 )
 
     def _adapter_files(self) -> list[Path]:
+        """The file of an adapter: that of the usual name, which alone PEFT reads, or where there is none, all those of other names."""
+        found = self._named_as_adapters()
+        return [file for file in found if file.stem == "adapter_model"] or found
+
+    def _named_as_adapters(self) -> list[Path]:
         return next((found for ending in WEIGHT_ENDINGS if (found := sorted(self.path.glob(f"adapter_*.{ending}")))), [])
 
     def _complete_files(self) -> list[Path]:
@@ -293,7 +304,7 @@ class ModelPath:
 
         With the `known` SHA-256 of each file by name, none is read.
         """
-        files, earlier = self.weight_files(), self._adapter_files() if self.is_adapter else self._loose_files()
+        files, earlier = self.weight_files(), self._named_as_adapters() if self.is_adapter else self._loose_files()
         covered = [self._with_settings(each) for each in ([files] if files == earlier else [files, earlier])]
         code = set(self._code_files())
         without = [[file for file in each if file not in code] for each in covered] if code else []

@@ -94,6 +94,12 @@ def absolute(reference: str) -> str:
     return str(writing.absolute(path)) if path.exists() else reference
 
 
+def location(reference: str) -> str:
+    """Where other programs find a model: of a run of `cora train` in the directory of its result; any other reference unchanged."""
+    run = rundir.RunDirectory(Path(reference).expanduser())
+    return str(run.result) if run.exists() else reference
+
+
 def recorded_base(config: Mapping[str, Any]) -> str | None:
     """The reference of the base model that an `adapter_config.json` names; a local directory has no revision. None if it names none."""
     name, revision = config.get("base_model_name_or_path"), config.get("revision")

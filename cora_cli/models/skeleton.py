@@ -24,7 +24,7 @@ ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 """In the name of what belongs to a single expert; a loaded model may hold the weights of all in one parameter (`fused_experts`)."""
 
 
-def _of_text(name: str) -> str:
+def of_text(name: str) -> str:
     """The name of a tensor without the component that a class for images and text puts around its language model."""
     return ".".join(part for part in name.split(".") if part != "language_model")
 
@@ -51,12 +51,12 @@ class Skeleton:
         loaded = self.loaded_names(f"{module}.weight" for module in modules)
         names = {key.removesuffix(".weight"): name.removesuffix(".weight") for key, name in loaded.items()}
         by_text: dict[str, list[str]] = {}
-        for name in self._own:
-            by_text.setdefault(_of_text(name), []).append(name)
+        for name, _ in self.model.named_modules():  # fused experts have no weight of that name
+            by_text.setdefault(of_text(name), []).append(name)
         for module in set(modules) - names.keys():
-            same_text = by_text.get(_of_text(f"{module}.weight"), [])
+            same_text = by_text.get(of_text(module), [])
             if len(same_text) == 1:
-                names[module] = same_text[0].removesuffix(".weight")
+                names[module] = same_text[0]
         every = [names.get(module, module) for module in modules]
         same = {module: {module, f"{self.model.base_model_prefix}.{module}"} for module in names}
         return {module: name for module, name in names.items() if name not in same[module] and every.count(name) == 1}

@@ -86,7 +86,13 @@ def say_other_weights(adapter: ModelPath) -> None:
 
 
 def say_other_tokenizer(adapter: ModelPath, base: ModelPath) -> None:
-    """Say so where the tokenizer or chat template of `base` is no longer the one with which a run trained `adapter`, which has none of its own."""
+    """Say so where the tokenizer or chat template of `base` is no longer the one with which a run trained `adapter`, which has none of its own; and
+    where `adapter` has a tokenizer of its own that lacks the chat template of the base's, as one that was downloaded in part."""
+    if adapter.has_tokenizer and base.has_chat_template and not adapter.has_chat_template:
+        say(
+            f"the tokenizer in {adapter.reference} has no chat template, and that of its base {base.reference} is not taken in its place; if the adapter was "
+            "trained with it, copy chat_template.jinja there"
+        )
     run = run_of(adapter)
     if run is None or adapter.has_tokenizer:
         return

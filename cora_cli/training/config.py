@@ -75,6 +75,10 @@ class _CheckedSettings(SharedSettings):
 
     def notices(self) -> list[str]:
         """Sentences on settings that have no effect, such as those of an adapter; a user may keep them from another run."""
+        return [f"{flag} has no effect {why}" for why, found in self.unused().items() for flag in given(self, found)]
+
+    def unused(self) -> dict[str, list[str]]:
+        """The settings that have no effect, whether they are given or not, by the words for why."""
         if (plan := self.adapter_plan()) is None:
             names, where = ["rank", "target_modules", "dropout"], f"in mode {self.mode}, which has no adapter"
         else:
@@ -86,7 +90,7 @@ class _CheckedSettings(SharedSettings):
             unused["with --max-steps, which decides how long the run is"] = ["epochs"]
         if self.test_size == 0 and self.test_dataset is None:
             unused["with --test-size 0, which holds out nothing"] = ["eval_steps", "eval_limit"]
-        return [f"{flag} has no effect {why}" for why, found in unused.items() for flag in given(self, found)]
+        return unused
 
     @functools.cached_property
     def _adapter_plan(self) -> AdapterPlan | None:

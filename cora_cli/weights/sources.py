@@ -4,7 +4,7 @@ Complete models and LoRA adapters on a base share one interface. `extraction.mer
 """
 
 import abc
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
 
@@ -45,7 +45,7 @@ class WeightSource(abc.ABC):
     `transposed` holds the modules whose layer stores its weight as (in, out), `skipped` the names in the files of weights that are no
     module of the language model: those of other modalities, and those that the loaded model does not take as they are, such as fused
     experts; `others` holds the modules of other modalities. `views` says which of the modules are rows of another, such as GPT-2's `c_attn.q_proj` of its `c_attn`; both are listed. `biases` names those
-    that an adapter trained. `faults` says by module what keeps a layer's weight from being read: missing, of another shape, or with tensors next to
+    that an adapter trained, `without_factors` the modules that it changes in other ways than by A and B. `faults` says by module what keeps a layer's weight from being read: missing, of another shape, or with tensors next to
     it that would change it.
     """
 
@@ -57,6 +57,7 @@ class WeightSource(abc.ABC):
     others: frozenset[str] = frozenset()
     views: Mapping[str, View] = MappingProxyType({})
     biases: Sequence[str] = ()
+    without_factors: Set[str] = frozenset()
     faults: Mapping[str, str] = MappingProxyType({})
     shapes: dict[str, tuple[int, int]]
 
@@ -239,6 +240,7 @@ class AdapterSource(WeightSource):
             raise CoraError(
                 f"{self.reference} changes {min(both)} as one and also the views of it, which no model can have at once"
             )
+        self.without_factors = self._own.changed - self._own.ranks.keys()
         adapted = self.base.without_overlap(self._own.changed)
         self._own.check_complete(adapted, self.base.reference, self.architecture.get("model_type"))
         hidden = self._own.hidden | (self.base.sharing(self._own.hidden) - self._own.changed)

@@ -44,8 +44,13 @@ class StartModels:
             self.hashes[model.reference] = digest
             source = open_source(model, self._base if model.is_adapter else None)
             _check_shapes(source, self._base, layers)
-            if also := [name for name in others if source.own_rank(name, self._base)]:
-                say(f"{reference} also changes {len(also)} layers that --target-modules leaves out, such as {also[0]}")
+            if not model.is_adapter:
+                say(
+                    f"{reference} is a complete model; of its changes, the start has those to the layers of --target-modules alone"
+                )
+            elif also := [*(name for name in others if source.own_rank(name, self._base)), *source.without_factors - {*layers}]:
+                say(f"{reference} also changes {len(also)} layers that --target-modules leaves out, such as {min(also)}")
+            source.say_left_out(layers)
             self._sources.append(source)
 
     def observed(self) -> dict[str, Observed]:

@@ -216,6 +216,28 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(kind, adapters, tiny_mode
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_tokenizer_of_an_adapter_that_lacks_the_chat_template_of_the_base_is_named(tiny_model, tmp_path, capsys):
+    for place, template in (("base", "{{ messages[0].content }}"), ("adapter", None)):
+        (shutil.copytree(tiny_model, tmp_path / place) if place == "base" else foreign(tmp_path / "base", tmp_path / place))
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / place)
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    assert "has no chat template, and that of its base" in capsys.readouterr().err
+
+
+def test_only_the_file_of_the_usual_name_is_read_of_several(tiny_model, tmp_path, capsys):
+    """As PEFT reads it; the others are a backup and a head that some program wrote."""
+    expected = foreign(tiny_model, tmp_path / "adapter")
+    backup = {key: tensor + 1 for key, tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()}
+    save_file(backup, tmp_path / "adapter" / "adapter_model_old.safetensors")
+    head = LlamaForCausalLM.from_pretrained(tiny_model).lm_head.weight.detach() + 1
+    save_file({"base_model.model.lm_head.weight": head}, tmp_path / "adapter" / "adapter_head.safetensors")
+    loaded = load_adapter(LlamaForCausalLM.from_pretrained(tiny_model), resolve_model(str(tmp_path / "adapter")))
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
+    assert "adapter_head.safetensors" in capsys.readouterr().err
+
+
 def test_a_foreign_adapter_on_another_base_than_it_names_is_taken_and_said(tiny_model, tmp_path, capsys):
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     wrapped = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
@@ -386,6 +408,15 @@ def test_a_merged_weight_that_the_type_of_the_base_cannot_hold_is_refused(tiny_m
     ):
         merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_how_images_become_the_input_of_a_model_stays_with_it(gemma3, tmp_path):
+    shutil.copytree(gemma3, tmp_path / "base")
+    (tmp_path / "base" / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+    config = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    assert (tmp_path / "merged" / "preprocessor_config.json").read_text() == '{"image_processor_type": "Gemma3ImageProcessor"}'
 
 
 def test_a_tokenizer_without_a_padding_token_is_written_without_one(tiny_model, tmp_path):

@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, MllamaForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    MllamaForConditionalGeneration,
+)
 
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.loading import load_adapter
@@ -153,10 +159,11 @@ def test_an_adapter_of_the_class_for_images_and_text_changes_the_language_model_
     torch.testing.assert_close(source.read(name), merged, atol=1e-6, rtol=0)
 
 
-def test_an_exported_lora_has_the_names_of_the_class_that_its_adapter_has(mllama, tmp_path):
+@pytest.mark.parametrize("saved", ["lm_head", "input_layernorm"])  # the part that reads images has such a norm, too
+def test_an_exported_lora_has_the_names_of_the_class_that_its_adapter_has(saved, mllama, tmp_path):
     """PEFT on that class finds no others, and leaves the adapter out without a word."""
     torch.manual_seed(1)
-    settings = {**PATTERNS, "modules_to_save": ["lm_head"]}
+    settings = {**PATTERNS, "modules_to_save": [saved]}
     config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, base_model_name_or_path=str(mllama), **settings)
     wrapped = get_peft_model(MllamaForConditionalGeneration.from_pretrained(mllama), config).eval()
     wrapped.save_pretrained(tmp_path / "adapter")
@@ -176,3 +183,41 @@ def test_an_adapter_that_changes_other_parts_than_the_language_model_alone_is_re
         CoraError, match=r"changes none of the layers of MllamaForCausalLM, only others, such as base_model.*vision_model"
     ):
         load_adapter(load(mllama), resolve_model(str(tmp_path / "adapter")), base=resolve_model(str(mllama)))
+
+
+def test_fused_experts_that_an_adapter_of_that_class_changes_are_found(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2}
+    text |= {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    vision = {**sizes, "image_size": 28, "patch_size": 14, "projector_input_dim": 16, "projector_output_dim": 16}
+    torch.manual_seed(0)
+    base = Llama4ForConditionalGeneration(
+        Llama4Config(text_config=text, vision_config={**vision, "vision_output_dim": 16})
+    ).eval()
+    base.save_pretrained(tmp_path / "base")
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", target_parameters=parameters, init_lora_weights=False)
+    wrapped = get_peft_model(base, config).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    adapter, path = resolve_model(str(tmp_path / "adapter")), resolve_model(str(tmp_path / "base"))
+    torch.testing.assert_close(
+        logits(load_adapter(load(tmp_path / "base"), adapter, base=path)), logits(wrapped), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_ranks_that_a_pruned_adalora_of_that_class_is_left_with_are_those_of_its_files(mllama, tmp_path):
+    torch.manual_seed(1)
+    config = AdaLoraConfig(
+        init_r=4, target_r=2, target_modules=r".*language_model.*[02].mlp.down_proj", total_step=6, tinit=1, tfinal=1
+    )
+    wrapped = get_peft_model(MllamaForConditionalGeneration.from_pretrained(mllama), config)
+    optimizer = torch.optim.SGD([one for one in wrapped.parameters() if one.requires_grad], lr=0.1)
+    for step in range(1, 6):
+        wrapped(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        wrapped.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    wrapped.eval().save_pretrained(tmp_path / "adapter")
+    adapter = resolve_model(str(tmp_path / "adapter"))
+    assert adapter.adapter_config()["rank_pattern"]
+    torch.testing.assert_close(logits(load_adapter(load(mllama), adapter)), logits(wrapped), atol=1e-5, rtol=1e-5)

@@ -21,6 +21,10 @@ TRAIN = "train --mode lora --model m --dataset d --output-dir o"
             "train --dataset a --rank 2 --dataset=b",
             "--dataset is given several times (a, b), but takes one value; give one",
         ),
+        (
+            "train --start-models a --start-models=b,c",
+            "--start-models is given several times (a, b,c), but takes its values in one list: --start-models a,b,c",
+        ),
         ("merge a", "--output is missing; see `cora merge --help`"),
         ("merge a b -o c", "there is no place for the argument b; see `cora merge --help`"),
         ("trian", "there is no command 'trian'; did you mean train?"),

@@ -107,6 +107,7 @@ def test_printed_names_are_filled_from_the_row() -> None:
         ({"mode": "lora", "n_models": 2}, "n_models has no effect in mode lora; leave it out"),
         ({"mode": "base", "seed": 1}, "seed has no effect in mode base"),
         ({"mode": "full", "rank": 8}, "rank has no effect in mode full"),
+        ({"mode": "lora", "epochs": [1, 3], "max_steps": 2}, "epochs has no effect with --max-steps, which decides"),
         ({"mode": "lora", "b_init": "ones"}, "b_init has no effect in mode lora"),
         ({"mode": "fb", "b_init": "ones", "share": "layer"}, "share has no effect in mode fb with b_init ones"),
         ({"mode": "fb", "n_models": 4}, "n_models must be 0 to 3, the number of models in the file, not 4"),

@@ -18,7 +18,7 @@ from cora_cli.models import tokenizer
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.loading import load_model
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.references import EMBEDDED_MODEL, resolve_base, resolve_model
+from cora_cli.models.references import EMBEDDED_MODEL, location, resolve_base, resolve_model
 from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.models.trained_on import known_prompts, run_of
 from cora_cli.rundir import RunDirectory
@@ -474,3 +474,14 @@ def test_a_tokenizer_that_transformers_reads_otherwise_than_its_file_says_is_nam
     is_said = "transformers splits text as its Qwen2Tokenizer does" in capsys.readouterr().err
     assert is_said == (model_type == "qwen2")
     assert is_said or ids == described.encode("2026 !").ids
+
+
+def test_other_programs_find_the_result_of_a_run_in_its_own_directory(tiny_model, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert location(str(tmp_path / "run")) == str(tmp_path / "run" / "model")
+    assert [location(name) for name in (str(tiny_model), "org/name", EMBEDDED_MODEL)] == [
+        str(tiny_model),
+        "org/name",
+        EMBEDDED_MODEL,
+    ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -22,6 +22,7 @@ from cora_cli.training.preflight import preflight
 from cora_cli.training.prepare import prepare
 from cora_cli.training.run import train
 from cora_cli.weights.sources import open_source
+from cora_cli.weights.start_models import StartModels
 
 from .helpers import config_for, record_of
 
@@ -48,6 +49,41 @@ def mean_of(sources):
                 name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
                 found[name] = found.get(name, 0) + 2.0 * b.double() @ a.double() / len(sources)
     return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"modules_to_save": ["model.norm"]}, "also changes 1 layers that --target-modules leaves out, such as model.norm"),
+        (
+            {"trainable_token_indices": [5]},
+            "also changes 1 layers that --target-modules leaves out, such as model.embed_tokens",
+        ),
+        ({"bias": "all"}, "also trained"),
+    ],
+)
+def test_what_a_start_model_changes_that_is_not_in_the_start_is_said(settings, said, tiny_model, tmp_path, capsys):
+    model = base(tiny_model)
+    if "bias" in settings:
+        model.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(64))
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **settings)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tiny_model)}))
+    layers = [f"model.layers.{number}.self_attn.q_proj" for number in range(len(model.model.layers))]
+    StartModels([str(tmp_path / "adapter")], resolve_model(str(tiny_model)), layers)
+    assert said in capsys.readouterr().err
+
+
+def test_of_a_complete_start_model_a_line_says_what_is_taken(tiny_model, tmp_path, capsys):
+    other = base(tiny_model)
+    other.model.norm.weight.data += 1
+    other.save_pretrained(tmp_path / "other")
+    StartModels([str(tmp_path / "other")], resolve_model(str(tiny_model)), ["model.layers.0.self_attn.q_proj"])
+    assert (
+        "is a complete model; of its changes, the start has those to the layers of --target-modules alone"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.fixture(scope="module")
