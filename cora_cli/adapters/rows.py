@@ -22,9 +22,8 @@ def resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor], ad
     stored = {
         (len(state[key]), len(module.weight)) for name, module in _ends(model) for key in _weight_keys(name) if key in state
     }
-    rows = {
-        here for here, known in stored if here != known
-    }  # head and embedding may have several numbers of rows in the base, too
+    # Head and embedding may have several numbers of rows in the base, too.
+    rows = {here for here, known in stored if here != known}
     config, known = adapter.adapter_config(), len(embedding.weight)
     single = config.get("trainable_token_indices") or config.get("token_indices") or []
     trained = itertools.chain(*single.values()) if isinstance(single, dict) else single
