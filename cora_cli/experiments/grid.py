@@ -235,8 +235,14 @@ def _check_methods(rows: Sequence[Row]) -> list[str]:
     """A sentence for each row that a report would take for another seed of a method although more than its seed differs, or nothing."""
     found = []
     known: dict[tuple[object, ...], Row] = {}
+    trained: dict[tuple[object, ...], Row] = {}
     for row in rows:
         if row.train is None:
+            continue
+        other = trained.setdefault((row.dataset, row.settings_text, row.learning_rate, row.seed), row)
+        if other.method != row.method:
+            drawn = "; both draw the same source models" if other.source_seed != row.source_seed else ""
+            found.append(f"{other.name} and {row.name} are one training under two names{drawn}; leave one of them out")
             continue
         first = known.setdefault(row.method, row)
         same = known.setdefault((*row.method, row.learning_rate, row.seed), row)

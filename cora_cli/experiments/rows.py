@@ -5,6 +5,7 @@ A row is one method with one seed. `steps` plans the commands that it needs.
 
 import dataclasses
 import functools
+import json
 import random
 from collections.abc import Collection
 from pathlib import Path
@@ -156,6 +157,11 @@ class Row:
         """The settings in which two rows that train differ, other than learning rate and seed."""
         one, another = self._settings(), other._settings()
         return sorted(key for key in one.keys() | another.keys() if one.get(key) != another.get(key))
+
+    @property
+    def settings_text(self) -> str:
+        """All settings of a row that trains but its learning rate and seed: equal for equal ones."""
+        return json.dumps(self._settings(), sort_keys=True, default=str)
 
     def _settings(self) -> Values:
         plan = self.training.adapter_plan()

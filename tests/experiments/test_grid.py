@@ -264,6 +264,14 @@ def test_one_training_under_two_names_is_refused() -> None:
         UsageError, match="lora_r4_lr3e-4_seed0 and lora_r4_lr3e-4_alpha-8_seed0 are one training, which would count as two"
     ):
         grid_of({"mode": "lora", "label": "lora alpha=8"}, {"mode": "lora", "alpha": [8, 4]})
+    with pytest.raises(
+        UsageError, match=r"are one training under two names; both draw the same source models; leave one of them"
+    ):
+        grid_of({"mode": "fb", "source_seed": [0, 1]})
+    with pytest.raises(
+        UsageError, match=r"lora_r4_lr3e-4_seed0 and .* are one training under two names; leave one of them out"
+    ):
+        grid_of({"mode": "lora"}, {"mode": "lora", "alpha": [8, 4]})
 
 
 @pytest.mark.parametrize(
