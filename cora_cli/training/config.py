@@ -112,7 +112,7 @@ class _CheckedSettings(SharedSettings):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for YAML, readable by `--config`; unset ones are left out, and so is what makes a command no run."""
-        others = ("dry_run", "probe", "probe_examples")
+        others = ("dry_run", "probe", "probe_examples", "stop_at")  # a run that stopped goes on by its file
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in others}
         values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
         return {name: value for name, value in values.items() if value is not None}

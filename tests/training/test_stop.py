@@ -14,7 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from cora_cli import writing
 from cora_cli.cli.train import summary
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.reading import read_json
+from cora_cli.reading import read_json, read_yaml
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
 
@@ -90,6 +90,8 @@ def test_a_stop_that_lost_its_file_is_measured_again(config: TrainConfig, tmp_pa
 
 def test_a_stop_that_is_done_takes_no_step(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(replace(config, stop_at=3))
+    # Else `--config` of the run with `--resume` would stop there for ever, since no flag unsets it.
+    assert "stop_at" not in read_yaml(tmp_path / "run" / "config.yaml", "configuration")
     train(replace(config, stop_at=5, resume=True))
     train(replace(config, stop_at=3, resume=True))
     assert "has already stopped at step 3" in capsys.readouterr().err
