@@ -33,12 +33,13 @@ class Source(TypedDict):
 
 
 class UsedBasis(TypedDict):
-    """The basis of a run."""
+    """The basis of a run; `of_base` says that it is made of the base model's weights alone, by whatever name, and came later."""
 
     path: str
     sha256: str
     choices: dict[str, Any]
     sources: list[Source]
+    of_base: NotRequired[bool]
 
 
 class Counts(TypedDict):

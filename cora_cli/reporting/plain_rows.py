@@ -168,7 +168,9 @@ def row_of_run(run: RunDirectory) -> Row:
 
 
 def _models_behind(basis: Mapping[str, Any], model: Mapping[str, Any]) -> int:
-    """How many different models a basis is made of, 0 where that is the base `model` alone, which no fine-tuning informs."""
+    """How many different models a basis is made of, 0 where that is the base `model` alone, or a copy, which no fine-tuning informs."""
+    if basis.get("of_base"):
+        return 0
     named = [(each["reference"].partition("@")[0], each.get("revision")) for each in (model, *basis["sources"])]
     return len({each["hash"] for each in basis["sources"]}) if len({*named}) > 1 else 0
 

@@ -3,6 +3,7 @@
 `run` decides when it is written.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -19,12 +20,15 @@ from cora_cli.basis.artifact import Basis
 from cora_cli.data.encode import EncodedSet
 from cora_cli.data.records import repeated_prompts
 from cora_cli.environment import launched_processes
+from cora_cli.errors import CoraError
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.models.loading import completed_ends
+from cora_cli.models.model_path import ModelPath
 from cora_cli.training.batching import Batching
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.observe import Observation
 from cora_cli.training.prepare import Prepared
+from cora_cli.weights.sources import open_source
 
 FINISHED, RUNNING, FAILED, STOPPED, INTERRUPTED = "finished", "running", "failed", "stopped", "interrupted"
 
@@ -48,7 +52,7 @@ def first_record(
         "plan": prepared.plan.as_dict() if prepared.plan else None,
         "fingerprint": fingerprint,
         "model": {"reference": config.model, "revision": prepared.model_path.revision},
-        "basis": _describe(prepared.basis) if prepared.basis else None,
+        "basis": _describe(prepared.basis, prepared.model_path) if prepared.basis else None,
         "parameters": parameter_counts(model, prepared.plan),
         "data": {
             "dataset": config.dataset,
@@ -103,13 +107,22 @@ def _numbers(parameter: torch.nn.Parameter) -> int:
     return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
-def _describe(basis: Basis) -> dict[str, Any]:
+def _describe(basis: Basis, model: ModelPath) -> dict[str, Any]:
     return {
         "path": str(basis.path.resolve()),
         "sha256": basis.sha256,
         "choices": basis.choices.to_json(),
         "sources": [dataclasses.asdict(source) for source in basis.sources],
+        **({"of_base": True} if _is_of(model, basis) else {}),
     }
+
+
+def _is_of(model: ModelPath, basis: Basis) -> bool:
+    """Whether a basis is made of the weights of `model` alone, by whatever name."""
+    (one, *others) = {source.hash for source in basis.sources}
+    with contextlib.suppress(CoraError):  # such as of weights that are held quantised, of which no basis is made
+        return not others and open_source(model).content_hash(basis.modules) == one
+    return False
 
 
 def _counts(encoded: EncodedSet) -> dict[str, int]:

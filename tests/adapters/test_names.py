@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -173,6 +173,27 @@ def test_an_exported_lora_has_the_names_of_the_class_that_its_adapter_has(saved,
     torch.testing.assert_close(
         logits(load_adapter(load(mllama), resolve_model(str(tmp_path / "exported")))), logits(wrapped), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=2, target_modules=r".*language_model.*(q|down)_proj", init_weights=False),
+        IA3Config(
+            target_modules=r".*language_model.*(v|down)_proj",
+            feedforward_modules=r".*language_model.*down_proj",
+            init_ia3_weights=False,
+        ),
+    ],
+    ids=["loha", "ia3"],
+)
+def test_so_does_an_adapter_of_another_method(config, mllama, tmp_path):
+    torch.manual_seed(1)
+    wrapped = get_peft_model(MllamaForConditionalGeneration.from_pretrained(mllama), config).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    found = logits(load_adapter(load(mllama), resolve_model(str(tmp_path / "adapter"))))
+    torch.testing.assert_close(found, logits(wrapped), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, logits(load(mllama)), atol=1e-3)
 
 
 def test_an_adapter_that_changes_other_parts_than_the_language_model_alone_is_refused(mllama, tmp_path):

@@ -220,12 +220,15 @@ def test_plain_runs_on_two_bases_of_as_many_models_are_two_methods(trained_grid,
     assert {row.label for row in alone.rows} == {"fb"}
 
 
-@pytest.mark.parametrize(("source", "n_models"), [(None, 0), ("org/fine-tuned", 1)])
-def test_a_basis_of_the_base_model_alone_is_of_no_models_and_not_informed(source, n_models, trained_grid, tmp_path):
+@pytest.mark.parametrize(
+    ("source", "of_base", "n_models"), [(None, False, 0), ("org/fine-tuned", False, 1), ("org/a-copy", True, 0)]
+)
+def test_a_basis_of_the_base_model_alone_is_of_no_models_and_not_informed(source, of_base, n_models, trained_grid, tmp_path):
     runs = [shutil.copytree(path, tmp_path / path.name) for path in sorted((trained_grid / "runs").iterdir())]
     for run in runs:
         record = unsealed(run / "run.json")
         if record["basis"]:
+            record["basis"]["of_base"] = of_base
             sources = record["basis"]["sources"]
             sources[0]["reference"] = source or record["model"]["reference"]
             sources += [{**sources[0], "reference": f"{source}-copied"}] if source else []
@@ -233,7 +236,7 @@ def test_a_basis_of_the_base_model_alone_is_of_no_models_and_not_informed(source
     (experiment,) = find_experiments(list(map(str, runs)))
     assert {row.n_models for row in experiment.rows if row.label == "fb"} == {n_models}
     headline = summarise(collect(experiment)).groups[0].verdict.headline
-    assert ("no method here takes its B from fine-tuned models" in headline) is (source is None)
+    assert ("no method here takes its B from fine-tuned models" in headline) is (n_models == 0)
 
 
 def test_plain_runs_on_bases_that_were_written_to_one_path_are_two_methods(trained_grid, tmp_path):
