@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from cora_cli import writing
 from cora_cli.adapters.elsewhere import start_that_changes_base
+from cora_cli.adapters.experts import joined, of_one_scale, unchanged_experts
 from cora_cli.adapters.facts import COMPACT_FILE, AdapterFacts, read_facts, starting_b
 from cora_cli.adapters.install import apply_trained_set, install_adapter
-from cora_cli.adapters.names import config_by_names, names_of, of_left_out_parts, renamed
+from cora_cli.adapters.names import config_by_names, module_of, names_of, of_left_out_parts, renamed
 from cora_cli.adapters.peft_settings import check_patterns, misfit, say_other_weight_files, say_unknown_settings
 from cora_cli.adapters.rows import resize_embeddings
 from cora_cli.adapters.storage import PREFIX, WEIGHTS_FILE, check_is_complete, stores_trained
@@ -34,7 +34,7 @@ from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.fused import fused_views, split_projections
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.skeleton import ONE_EXPERT, without_numbers
+from cora_cli.models.skeleton import without_numbers
 from cora_cli.progress import say
 from cora_cli.scratch import temporary_directory
 
@@ -81,7 +81,8 @@ def load_adapter(
                 stored = _stored_tensors(adapter)
                 if facts is None:
                     _check_gathered(adapter, stored)
-                names, config = names_of(model, stored), adapter.adapter_config()
+                config, stored = of_one_scale(adapter.adapter_config(), stored)
+                names = names_of(model, stored)
                 if apart := of_left_out_parts(model, stored, names, base) if base is not None else set():
                     stored, config = _without(apart, stored, config, model, adapter)
                 state = renamed(stored, names)
@@ -283,8 +284,9 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
 
     PEFT may or may not store the embeddings next to the adapter of an embedding.
     """
-    state = _fused(wrapped, state)
-    expected = set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False))
+    single, state = state, joined(wrapped, state)
+    factors = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
+    expected = set(factors) - (unchanged_experts(factors, state) if state is not single else set())
     allowed = expected | set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=True))
     for key in sorted(allowed & set(state)):
         if state[key].is_floating_point() or ".lora_" in key or key.endswith("weight"):
@@ -292,16 +294,11 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
     if lost := sorted((expected - set(state)) | (set(state) - allowed)):
         taken = type(wrapped.get_base_model()).__name__  # which may be the part for text of a class for images and text
         kind = "is missing" if lost[0] in expected else f"belongs to no layer of {taken}"
+        known = {name for name, _ in wrapped.get_base_model().named_modules()}
+        if state is not single and (dense := [key for key in lost if key in single and module_of(key) in known]):
+            lost = [dense[0], *lost[1:]]
+            kind = "is of a layer that is called as experts are, which PEFT leaves out next to those; merge it with the transformers 4 that trained it"
         raise CoraError(f"adapter {adapter.path}: {len(lost)} keys do not fit the model, the first, {lost[0]}, {kind}")
-
-
-def _fused(wrapped: PeftModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors, with the adapters of single experts as PEFT fuses them where the model has fused the experts."""
-    single = {key: tensor for key, tensor in state.items() if ONE_EXPERT.search(key)}
-    if not single:
-        return state
-    rest = {key: tensor for key, tensor in state.items() if key not in single}
-    return rest | convert_peft_adapter_state_dict_for_transformers(wrapped, wrapped.peft_config[ADAPTER], single, ADAPTER)
 
 
 def _load_own(model: PreTrainedModel, adapter: ModelPath, facts: AdapterFacts, trainable: bool) -> PeftModel:

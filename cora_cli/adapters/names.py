@@ -27,6 +27,12 @@ _KEY = re.compile(
 Stored = TypeVar("Stored")
 
 
+def module_of(key: str) -> str:
+    """The module that a key of an adapter's files names."""
+    found = _KEY.match(key)
+    return found["module"] if found else key.removeprefix(PREFIX).rpartition(".")[0]
+
+
 def names_of(model: PreTrainedModel, keys: Collection[str]) -> dict[str, str]:
     """The name in `model` of each module that the `keys` of an adapter's files name otherwise."""
     modules = {found["module"] for key in keys if (found := _KEY.match(key))}
@@ -46,11 +52,7 @@ def renamed(stored: Mapping[str, Stored], names: Mapping[str, str]) -> dict[str,
 def of_left_out_parts(model: PreTrainedModel, keys: Collection[str], names: Mapping[str, str], base: ModelPath) -> set[str]:
     """Which `keys` of an adapter are of parts of its base that the loaded model lacks, such as the one that reads images."""
     known = {name for name, _ in model.named_modules()} | names.keys()
-    modules = {
-        key: found["module"] if (found := _KEY.match(key)) else key.removeprefix(PREFIX).rpartition(".")[0]
-        for key in keys
-        if key.startswith(PREFIX)
-    }
+    modules = {key: module_of(key) for key in keys if key.startswith(PREFIX)}
     unknown = {module for module in modules.values() if module not in known}
     if not unknown:
         return set()

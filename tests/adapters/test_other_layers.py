@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -222,12 +223,24 @@ def test_default_targets_that_a_family_lacks_are_refused_with_its_linear_layers(
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": {r"layers\.1\..*": 16}},
+        {"rank_pattern": {r".*experts\.1\..*": 3}},
+        {"layers_to_transform": [1]},
+    ],
+    ids=["plain", "rslora", "alphas", "ranks", "one layer"],
+)
+@pytest.mark.parametrize(
     ("model_type", "layer", "gate_up_down"),
     [("mixtral", "block_sparse_moe", ("w1", "w3", "w2")), ("qwen3_moe", "mlp", ("gate_proj", "up_proj", "down_proj"))],
 )
 def test_adapters_of_single_experts_change_the_experts_that_transformers_fuses(
-    model_type: str, layer: str, gate_up_down: tuple[str, str, str], tmp_path: Path
+    model_type: str, layer: str, gate_up_down: tuple[str, str, str], settings: dict[str, Any], tmp_path: Path
 ) -> None:
+    """Each by its own scale: PEFT has that of rsLoRA wrong for the joined ones, and passes over patterns."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(build(model_type))
     base.save_pretrained(tmp_path / "base")
@@ -236,16 +249,22 @@ def test_adapters_of_single_experts_change_the_experts_that_transformers_fuses(
     state: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for number, block in enumerate(wanted.model.layers):
+            if number not in settings.get("layers_to_transform", [number]):
+                continue
             experts = block.mlp.experts
             for expert in range(len(experts.down_proj)):
                 halves = experts.gate_up_proj[expert].chunk(2)
                 for name, weight in ((gate, halves[0]), (up, halves[1]), (down, experts.down_proj[expert])):
-                    a, b = 0.3 * torch.randn(2, weight.shape[1]), 0.3 * torch.randn(len(weight), 2)
+                    rank = 3 if expert == 1 and "rank_pattern" in settings else 2
+                    alpha = 16 if number == 1 and "alpha_pattern" in settings else 4
+                    a, b = 0.3 * torch.randn(rank, weight.shape[1]), 0.3 * torch.randn(len(weight), rank)
                     key = f"base_model.model.model.layers.{number}.{layer}.experts.{expert}.{name}"
                     state |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
-                    weight.add_(2 * b @ a)
+                    weight.add_(alpha / (rank**0.5 if settings.get("use_rslora") else rank) * b @ a)
     adapter = tmp_path / "adapter"
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=gate_up_down, base_model_name_or_path=str(tmp_path / "base"))
+    config = LoraConfig(
+        r=2, lora_alpha=4, target_modules=gate_up_down, base_model_name_or_path=str(tmp_path / "base"), **settings
+    )
     config.save_pretrained(str(adapter))
     save_file(state, adapter / "adapter_model.safetensors")
     wrapped = load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), resolve_model(str(adapter)))
