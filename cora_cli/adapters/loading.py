@@ -249,7 +249,9 @@ def _for_peft(adapter: ModelPath, state: dict[str, torch.Tensor], config: dict[s
     usual name.
     """
     files = adapter.weight_files()
-    as_stored = config == adapter.adapter_config() and state.keys() == Checkpoint(adapter).shapes.keys()
+    as_stored = (
+        not adapter.hides_from_peft and config == adapter.adapter_config() and state.keys() == Checkpoint(adapter).shapes.keys()
+    )
     if as_stored and [file.name for file in files] == [WEIGHTS_FILE]:
         yield adapter.path
         return
@@ -322,7 +324,7 @@ def _load_compact(
         if name not in outputs:
             raise CoraError(f"adapter {adapter.path}: the key {key} belongs to no linear layer of this model")
         full[key.replace(".lora_A.", ".lora_B.")] = b_of(name, outputs[name])
-    config = LoraConfig.from_pretrained(str(adapter.path))
+    config = LoraConfig.from_peft_type(**LoraConfig.check_kwargs(**adapter.adapter_config()))
     config.inference_mode = not trainable
     wrapped = get_peft_model(model, config)
     set_peft_model_state_dict(wrapped, full)

@@ -23,15 +23,13 @@ from cora_cli.methods.parts.mean_change import with_mean_change
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.fused import split_parts
-from cora_cli.models.model_path import ModelPath
+from cora_cli.models.model_path import OWN_TYPE, ModelPath
 from cora_cli.models.references import location
 from cora_cli.models.tokenizer import save_tokenizer
 from cora_cli.records import read_run
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_OWN_TYPE = "CORA_"
-"""What the type of an adapter that only `cora` loads begins with."""
 
 
 def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts, tokenizer: Any = None) -> None:
@@ -52,7 +50,10 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts, tokeniz
         config.r, config.lora_alpha, config.use_rslora = rank, rank * scaling, False
     if not method.plain_peft_loads:
         # A type that PEFT does not know: it would load a LoRA with foreign names as one without effect.
-        config.peft_type = f"{_OWN_TYPE}{facts.plan.mode}"
+        config.peft_type = f"{OWN_TYPE}{facts.plan.mode}"
+    elif split_parts(model):
+        # PEFT passes over views of projections, which the model has as one, if it finds any other target.
+        config.peft_type = f"{OWN_TYPE}{config.peft_type.value}"
     order_names(config)
     if isinstance(config, LoraConfig) and float(config.lora_alpha).is_integer():
         config.lora_alpha = int(config.lora_alpha)  # the type of PEFT's field, which other readers may require

@@ -66,16 +66,8 @@ def run(config: EvaluateConfig) -> None:
             show(f"{result.name}: {sum(fates.values())} programs: {counts}")
         for proxy in result.record.get("readability_proxies", {}).values():
             show(f"{result.name}: proxy of readability: {proxy['what']}: {with_interval(proxy['value'], proxy['ci95'], 3)}")
-    if len(results) > 1:
-        show(f"\npaired differences from {results[0].name}, with two-sided p-values (not corrected for multiple comparisons)")
-        show(differences_table(results, columns()))
-        if others := [result.name for result in results if result.prompts_sha256 != results[0].prompts_sha256]:
-            show(
-                f"note: {', '.join(others)} {'was' if len(others) == 1 else 'were'} asked other prompts than {results[0].name}, with equal "
-                "references, so that differences are not of the models alone"
-            )
-        for sentence in _not_compared(results):
-            show(sentence)
+    for group in _comparable(results) if len(results) > 1 else []:
+        _show_differences(group)
     reported = config.runs if config.runs and not config.output_dir else (config.output_dir,)
     if all(reported):
         say_next(
@@ -85,6 +77,40 @@ def run(config: EvaluateConfig) -> None:
             "-o",
             "report",
         )
+
+
+def _comparable(results: "list[Evaluation]") -> "list[list[Evaluation]]":
+    """The evaluations in groups, each of the same records, to be compared with the first one: the runs of a base model with that."""
+    from cora_cli.evaluation.targets import is_base
+
+    groups: list[list[Evaluation]] = []
+    for result in results:
+        same = [group for group in groups if group[0].references_sha256 == result.references_sha256]
+        if same and not is_base(result.name):
+            same[-1].append(result)
+        else:
+            groups.append([result])
+    return groups
+
+
+def _show_differences(group: "list[Evaluation]") -> None:
+    """Print how the later evaluations of a group differ from the first, and what may be behind that besides the models."""
+    from cora_cli.evaluation.targets import is_base
+
+    first, *others = group
+    if not others:
+        if not is_base(first.name):
+            show(f"note: {first.name} answered other records than the others, so it is compared with none of them")
+        return
+    show(f"\npaired differences from {first.name}, with two-sided p-values (not corrected for multiple comparisons)")
+    show(differences_table(group, columns()))
+    if asked := [result.name for result in others if result.prompts_sha256 != first.prompts_sha256]:
+        show(
+            f"note: {', '.join(asked)} {'was' if len(asked) == 1 else 'were'} asked other prompts than {first.name}, with equal "
+            "references, so that differences are not of the models alone"
+        )
+    for sentence in _not_compared(group):
+        show(sentence)
 
 
 def _plan(config: EvaluateConfig) -> None:

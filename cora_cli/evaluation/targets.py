@@ -27,6 +27,14 @@ from cora_cli.progress import say
 from cora_cli.rundir import EvaluationDirectory, RunDirectory, unlike_record
 from cora_cli.settings import TemplateName
 
+BASE = " (base)"
+"""What stands behind the name of a base model that answers the records of a run; see `is_base`."""
+
+
+def is_base(name: str) -> bool:
+    """Whether an evaluation of that name is of a run's base model."""
+    return name.endswith(BASE) or " (base of " in name
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -229,7 +237,7 @@ def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target |
         return own, None
     if adapter is None:  # a complete model; its base is the one that the training started from
         base = resolve_base(config.base, not config.dry_run) or _start_of(name, record, not config.dry_run)
-    return own, Target(f"{base.reference} (base)", base, None, dataset, template, EvaluationDirectory(base_root), date=date)
+    return own, Target(f"{base.reference}{BASE}", base, None, dataset, template, EvaluationDirectory(base_root), date=date)
 
 
 def _start_of(name: str, record: dict[str, Any], weights: bool) -> ModelPath:

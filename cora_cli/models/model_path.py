@@ -46,6 +46,8 @@ _LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+OWN_TYPE = "CORA_"
+"""What the type of an adapter that only `cora` loads begins with: before the name of a method, or before PEFT's type, which is in capitals."""
 WEIGHT_ENDINGS = ("safetensors", "bin", "pt", "pth")
 """Endings of weight files, the first ones preferred."""
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states)[\w-]*\.(bin|pt|pth|pkl)")
@@ -99,8 +101,17 @@ class ModelPath:
         return next((heads for heads in stated if type(heads) is int and heads > 0), None)
 
     def adapter_config(self) -> dict[str, Any]:
-        """The adapter's `adapter_config.json`. Raises `CoraError` if it is missing or malformed."""
-        return read_foreign(self.path / "adapter_config.json", AdapterConfig)
+        """The adapter's `adapter_config.json`, with PEFT's own type where `cora` marked it. Raises `CoraError` if it is missing or malformed."""
+        config = read_foreign(self.path / "adapter_config.json", AdapterConfig)
+        stated = config.get("peft_type") or ""
+        own = stated.removeprefix(OWN_TYPE)
+        return {**config, "peft_type": own} if own != stated and own.isupper() else config
+
+    @property
+    def hides_from_peft(self) -> bool:
+        """Whether `cora` marked the type in `adapter_config.json`, so that PEFT refuses what it would load in part."""
+        stated = read_foreign(self.path / "adapter_config.json", AdapterConfig).get("peft_type")
+        return stated != self.adapter_config().get("peft_type")
 
     def generation_config(self) -> dict[str, Any]:
         """The model's `generation_config.json`; empty if there is none. Raises `CoraError` if it is malformed."""

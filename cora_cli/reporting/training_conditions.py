@@ -49,7 +49,14 @@ def _conditions(result: Result, cut: bool) -> dict[str, Any]:
     neutral = {**_NEUTRAL, "max_length": None} if cut else _NEUTRAL
     others = {name.replace("_", " "): settings.get(name, value) for name, value in neutral.items()}
     prompts = {name.replace("_", " "): record["data"].get(name) for name in ("template", "template_date")}
-    return {**amounts, **others, **prompts, "precision": hardware["dtype"]}
+    return {**amounts, **others, **prompts, **_start(record.get("plan") or {}), "precision": hardware["dtype"]}
+
+
+def _start(plan: dict[str, Any]) -> dict[str, Any]:
+    """The factor s of s·B·A, and where A starts, which differs between modes anyway."""
+    rank, alpha = plan.get("rank"), plan.get("alpha")
+    scale = {"scale of B·A": alpha / (rank**0.5 if plan.get("rslora") else rank)} if rank and alpha else {}
+    return {**scale, f"a_init of {plan.get('mode')}": plan.get("a_init")}
 
 
 def _shown(value: Any) -> str:

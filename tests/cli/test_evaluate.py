@@ -168,10 +168,11 @@ def test_runs_with_other_held_out_records_get_their_table_but_no_comparison(
     )
     train(config)
     result = cora(runs[0], tmp_path / "other", "-o", tmp_path / "out", *FAST)
-    assert result.exit_code == 1
+    assert result.exit_code == 0, result.stderr
     assert len(rows(result.stdout)) == 4, result.stderr
     assert re.search(r"over the records, which differ: n = \d+ of \S+, n = 1 of \S+other\]", " ".join(result.stdout.split()))
-    assert "did not answer the same records" in result.stderr.splitlines()[-1]
+    assert "paired differences" not in result.stdout
+    assert f"{runs[0]} answered other records than the others, so it is compared with none" in " ".join(result.stdout.split())
 
 
 def test_runs_that_were_asked_other_prompts_with_equal_references_are_compared_with_a_note(
@@ -200,7 +201,7 @@ def test_values_per_token_of_different_tokenizers_are_not_compared(tiny_model: P
         found.append(tmp_path / f"run of {model.name}")
         settings = {"mode": "lora", "rank": 2, "max_steps": 1, "dtype": "fp32", "device": "cpu", "test_size": 2}
         train(TrainConfig(model=str(model), dataset=str(tmp_path / "data.jsonl"), output_dir=str(found[-1]), **settings))
-    result = cora(*found, "-o", tmp_path / "out", *FAST, "--metrics", "rouge1,nll")
+    result = cora(*found, "-o", tmp_path / "out", *("rouge1,nll" if one == "rouge,bleu" else one for one in FAST))
     assert result.exit_code == 0, result.stderr
     tokens = re.findall(r"nll\|over:reference-tokens\|tokens:(\d+)", result.stdout)
     assert len(tokens) == 2
