@@ -5,6 +5,7 @@ loaded model.
 """
 
 import contextlib
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from cora_cli.models.quantized import (
     check_left_out,
     is_dequantized,
     is_held_quantized,
+    kind_stated,
     settle_quantized,
 )
 from cora_cli.models.skeleton import Skeleton, build_skeleton, layer_of, shape_fault, skeleton_of, surplus_fault
@@ -206,6 +208,11 @@ def _check_complete(model: ModelPath, checkpoint: Checkpoint, loaded: Any, repor
             f"{model.reference}: its files hold {beside[0][0]}, which {type(loaded).__name__} does not take, next to the weight of {beside[0][1]}: "
             "that layer would not compute what it was trained to; merge it into the weight, or correct config.json"
         )
+    if quantized and (scales := [name for name in unused if _WEIGHT_SCALE.search(name)]):
+        raise CoraError(
+            f"{model.reference}: its files hold {scales[0]}, by which a weight is to be multiplied, but transformers does not read scales of that name "
+            f"for {kind_stated(model)}, so the weights would be others; use {PLAIN_COPY}"
+        )
     if unused:
         say(
             f"{model.reference}: {len(unused)} tensors of its files are not used by {type(loaded).__name__}, such as {unused[0]}"
@@ -244,6 +251,10 @@ def _check_types(model: ModelPath, checkpoint: Checkpoint) -> None:
             check_type(kind, model.reference, name)
 
 
+_WEIGHT_SCALE = re.compile(r"(^|[._])(weight_scale(_inv|_2)?|scales?)$")
+"""The names by which programs that quantise call the scales of weights; those of inputs, outputs and caches have others."""
+
+
 @contextlib.contextmanager
 def _for_transformers(model: ModelPath, checkpoint: Checkpoint) -> Iterator[Path]:
     """The directory of a complete model; or links to its files, where transformers would follow the configuration of an adapter in it,
@@ -268,10 +279,14 @@ def _for_transformers(model: ModelPath, checkpoint: Checkpoint) -> Iterator[Path
 
 
 def stored_types(model: ModelPath, trust_remote_code: bool = False) -> dict[str, torch.dtype]:
-    """The type in the files of every weight that the loaded model takes unchanged, by its name in the loaded model."""
-    types = Checkpoint(model).types
-    names = skeleton_of(model, trust_remote_code).loaded_names(types)
-    return {name: getattr(torch, types[key]) for key, name in names.items() if types[key] in PLAIN_TYPES}
+    """The type in the files of every weight of the loaded model, by its name there; the widest one of those that are joined, such as experts'."""
+    types, skeleton = Checkpoint(model).types, skeleton_of(model, trust_remote_code)
+    own, found = skeleton.model.state_dict().keys(), dict[str, torch.dtype]()
+    for key, (name, _) in skeleton.names(types).items():
+        if name in own and types[key] in PLAIN_TYPES:
+            kind = getattr(torch, types[key])
+            found[name] = torch.promote_types(found.get(name, kind), kind)
+    return found
 
 
 def completed_ends(model: Any, ends: Collection[int]) -> list[int] | None:

@@ -33,6 +33,7 @@ from cora_cli.models.references import resolve_model
 from cora_cli.models.tokenizer import load_tokenizer
 from tests.adapters.helpers import copy_of, foreign, logits
 from tests.methods.helpers import plan_of
+from tests.training.families import build
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +284,23 @@ def test_stored_means_the_type_in_the_files_whatever_the_configuration_says(kind
     assert {tensor.dtype for tensor in after.values()} == {kind}
     untouched = [name for name in after if "q_proj" not in name]
     assert all(torch.equal(after[name], before[name]) for name in untouched)
+
+
+def test_joined_experts_keep_the_type_of_their_files(tmp_path):
+    """Next to a tensor of another type, as in DeepSeek V3, whose files hold each expert apart."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(build("deepseek_v3")).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    apart = {key: tensor.float() if "correction_bias" in key else tensor for key, tensor in weights.items()}
+    assert any(".experts.1." in key for key in apart)
+    assert {tensor.dtype for tensor in apart.values()} == {torch.bfloat16, torch.float32}
+    save_file(apart, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    config = LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {key: tensor.dtype for key, tensor in merged.items()} == {key: tensor.dtype for key, tensor in apart.items()}
 
 
 def test_weights_of_several_types_keep_theirs(tiny_model, tmp_path):

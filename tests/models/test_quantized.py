@@ -94,6 +94,18 @@ def test_all_weights_of_a_float8_model_are_loaded_in_the_precision_that_was_aske
     assert loaded(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
+def test_float8_weights_with_scales_of_another_name_than_transformers_reads_are_refused(wide: Path, tmp_path: Path) -> None:
+    """As AutoFP8 and others write them for vLLM: `weight_scale` in place of `weight_scale_inv`, next to those of inputs."""
+    write_fp8(tmp_path / "fp8", wide)
+    file = tmp_path / "fp8" / "model.safetensors"
+    renamed = {name.replace("_scale_inv", "_scale"): tensor for name, tensor in load_file(file).items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    with pytest.raises(
+        CoraError, match=r"its files hold model\.layers\.0\.mlp\.down_proj\.weight_scale, by which a weight is to be"
+    ):
+        load_model(resolve_model(str(tmp_path / "fp8")), torch.float32, torch.device("cpu"), None)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_plain_weights_under_a_configuration_of_bitsandbytes_are_refused(bits: int, wide: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
