@@ -5,7 +5,6 @@ loaded model.
 """
 
 import contextlib
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +26,6 @@ from cora_cli.models.quantized import (
     check_left_out,
     is_dequantized,
     is_held_quantized,
-    kind_stated,
     settle_quantized,
 )
 from cora_cli.models.skeleton import Skeleton, build_skeleton, layer_of, shape_fault, skeleton_of, surplus_fault
@@ -208,11 +206,6 @@ def _check_complete(model: ModelPath, checkpoint: Checkpoint, loaded: Any, repor
             f"{model.reference}: its files hold {beside[0][0]}, which {type(loaded).__name__} does not take, next to the weight of {beside[0][1]}: "
             "that layer would not compute what it was trained to; merge it into the weight, or correct config.json"
         )
-    if quantized and (scales := [name for name in unused if _WEIGHT_SCALE.search(name)]):
-        raise CoraError(
-            f"{model.reference}: its files hold {scales[0]}, by which a weight is to be multiplied, but transformers does not read scales of that name "
-            f"for {kind_stated(model)}, so the weights would be others; use {PLAIN_COPY}"
-        )
     if unused:
         say(
             f"{model.reference}: {len(unused)} tensors of its files are not used by {type(loaded).__name__}, such as {unused[0]}"
@@ -240,8 +233,19 @@ def _incomplete(model: ModelPath, missing: list[str], unused: list[str]) -> Cora
 
 
 def _check_types(model: ModelPath, checkpoint: Checkpoint) -> None:
-    """Raise `CoraError` for weights that are stored with scales of which the configuration does not tell transformers."""
+    """Raise `CoraError` for weights that are stored with scales of which the configuration does not tell transformers, or that it does not read."""
     if is_dequantized(model):
+        stated = model.quantization() or {}
+        eight = [
+            name
+            for name in checkpoint.shapes
+            if stated.get("quant_method") == "fp8" and checkpoint.types[name].startswith("float8")
+        ]
+        if bare := next((name for name in eight if f"{name}_scale_inv" not in checkpoint.shapes), None):
+            raise CoraError(
+                f"{model.reference}: its files hold {bare} in float8 without {bare}_scale_inv, the only scale that transformers reads for fp8, so the "
+                f"weight would be another; use {PLAIN_COPY}"
+            )
         return
     for name, shape in checkpoint.shapes.items():
         kind = checkpoint.types[name]
@@ -249,10 +253,6 @@ def _check_types(model: ModelPath, checkpoint: Checkpoint) -> None:
         packed = kind.startswith("float8") or (kind in ("int8", "uint8", "I8", "U8") and len(shape) >= 2)
         if name.endswith("weight") or (packed and not name.endswith(_BUFFERS)):
             check_type(kind, model.reference, name)
-
-
-_WEIGHT_SCALE = re.compile(r"(^|[._])(weight_scale(_inv|_2)?|scales?)$")
-"""The names by which programs that quantise call the scales of weights; those of inputs, outputs and caches have others."""
 
 
 @contextlib.contextmanager

@@ -94,14 +94,16 @@ def test_all_weights_of_a_float8_model_are_loaded_in_the_precision_that_was_aske
     assert loaded(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
-def test_float8_weights_with_scales_of_another_name_than_transformers_reads_are_refused(wide: Path, tmp_path: Path) -> None:
-    """As AutoFP8 and others write them for vLLM: `weight_scale` in place of `weight_scale_inv`, next to those of inputs."""
+@pytest.mark.parametrize("lacking", ["all", "one"])
+def test_a_float8_weight_without_the_scale_that_transformers_reads_is_refused(lacking: str, wide: Path, tmp_path: Path) -> None:
+    """AutoFP8 and others write `weight_scale` in place of `weight_scale_inv`, for vLLM."""
     write_fp8(tmp_path / "fp8", wide)
     file = tmp_path / "fp8" / "model.safetensors"
-    renamed = {name.replace("_scale_inv", "_scale"): tensor for name, tensor in load_file(file).items()}
+    lost = "_scale_inv" if lacking == "all" else "1.mlp.down_proj.weight_scale_inv"
+    renamed = {name.replace(lost, lost.removesuffix("_inv")): tensor for name, tensor in load_file(file).items()}
     save_file(renamed, file, metadata={"format": "pt"})
     with pytest.raises(
-        CoraError, match=r"its files hold model\.layers\.0\.mlp\.down_proj\.weight_scale, by which a weight is to be"
+        CoraError, match=r"its files hold \S+proj\.weight in float8 without \S+\.weight_scale_inv, the only scale"
     ):
         load_model(resolve_model(str(tmp_path / "fp8")), torch.float32, torch.device("cpu"), None)
 
