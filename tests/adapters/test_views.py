@@ -168,6 +168,17 @@ def test_queries_alone_are_adapted_and_exported_next_to_other_layers(saved, tmp_
     assert close(logits(load(tmp_path / "merged")), expected)
 
 
+def test_peft_refuses_an_adapter_on_views_and_does_not_load_its_other_layers_alone(saved, tmp_path):
+    adapter, expected, _ = trained(saved("phi3"), "lora", tmp_path, targets=("q_proj", "o_proj"))
+    with pytest.raises((KeyError, ValueError), match="CORA_LORA"):
+        PeftModel.from_pretrained(load(saved("phi3")), adapter.path)
+    assert close(logits(load_adapter(load(saved("phi3")), adapter)), expected)
+    # As earlier versions wrote it.
+    file = adapter.path / "adapter_config.json"
+    file.write_text(file.read_text().replace("CORA_LORA", "LORA"))
+    assert close(logits(load_adapter(load(saved("phi3")), resolve_model(str(adapter.path)))), expected)
+
+
 def test_an_adapter_whose_b_comes_from_the_basis_file_gets_that_of_each_view(saved, tmp_path):
     adapter, expected, _ = trained(saved("gpt2"), "fb", tmp_path, compact=True)
     assert close(logits(load_adapter(load(saved("gpt2")), adapter)), expected)
