@@ -297,6 +297,10 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
         taken = type(wrapped.get_base_model()).__name__  # which may be the part for text of a class for images and text
         kind = "is missing" if lost[0] in expected else f"belongs to no layer of {taken}"
         known = {name for name, _ in wrapped.get_base_model().named_modules()}
+        if lost[0] not in expected and any(name.endswith(f".{module_of(lost[0])}") for name in known):
+            kind += (
+                "; it is of the model without its head, as embedding models are, which PEFT does not load on one with a head"
+            )
         if state is not single and (dense := [key for key in lost if key in single and module_of(key) in known]):
             lost = [dense[0], *lost[1:]]
             kind = "is of a layer that is called as experts are, which PEFT leaves out next to those; merge it with the transformers 4 that trained it"

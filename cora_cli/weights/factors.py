@@ -154,9 +154,13 @@ class AdapterFactors:
     def _check_factors(self, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
         for module, keys in self._keys.items():
             if module not in shapes:
-                raise CoraError(
-                    f"{self.reference}: {keys['A']} matches no module of its base {base}; name the right one with --base"
+                with_head = next((name for name in shapes if name.endswith(f".{module}")), None)
+                remedy = (
+                    f"it is of the model without its head, where {with_head} is called so"
+                    if with_head
+                    else "name the right one with --base"
                 )
+                raise CoraError(f"{self.reference}: {keys['A']} matches no module of its base {base}; {remedy}")
             rank, in_features = self._shape(keys["A"])
             out_features, rank_of_b = (shapes[module][0], rank) if self._starting_b else self._shape(keys["B"])
             stated = pattern_value(self.config.get("rank_pattern"), self._named(module), self.config.get("r"))

@@ -8,6 +8,7 @@ import torch
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Llama4Config,
@@ -242,3 +243,15 @@ def test_the_ranks_that_a_pruned_adalora_of_that_class_is_left_with_are_those_of
     adapter = resolve_model(str(tmp_path / "adapter"))
     assert adapter.adapter_config()["rank_pattern"]
     torch.testing.assert_close(logits(load_adapter(load(mllama), adapter)), logits(wrapped), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_a_model_without_its_head_is_refused_as_such(tiny_model, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="FEATURE_EXTRACTION")
+    get_peft_model(AutoModel.from_pretrained(tiny_model), config).save_pretrained(tmp_path / "adapter")
+    adapter = resolve_model(str(tmp_path / "adapter"))
+    with pytest.raises(CoraError, match="it is of the model without its head, as embedding models are"):
+        load_adapter(load(tiny_model), adapter)
+    with pytest.raises(
+        CoraError, match=r"it is of the model without its head, where model\.layers\.0\.self_attn\.q_proj is called so"
+    ):
+        open_source(adapter)
