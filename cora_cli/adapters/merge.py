@@ -1,7 +1,9 @@
 """Merges an adapter into its base and writes the result as a plain model."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -74,12 +76,12 @@ def merge_adapter(
     else:
         say(f"neither {adapter.reference} nor {base.reference} holds a tokenizer, and so none is written")
     stored = stored_types(base, trust_remote_code) if dtype == "stored" else {}
-    widest = max(stored.values(), key=lambda kind: torch.finfo(kind).bits, default=None)
+    widest = functools.reduce(torch.promote_types, stored.values()) if stored else None  # float32 for bf16 next to fp16
     model = load_model(base, widest or _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
     tied, rows = not has_own_head(model), embedding_rows(model)
     wrapped = load_adapter(model, adapter, basis_path, base=base)
     layers = len(list(adapted_layers(wrapped)))
-    lost = say_rounded_away(wrapped, adapter)
+    lost = say_rounded_away(wrapped, adapter, stored)
     merged = merged_into_base(wrapped, adapter, safe=True)
     left = embedding_rows(merged)
     if tokenizer is not None and rows != left < len(tokenizer):
@@ -159,12 +161,16 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
     return merged
 
 
-def say_rounded_away(wrapped: PeftModel, adapter: ModelPath) -> float | None:
+NO_TYPES: Mapping[str, torch.dtype] = MappingProxyType({})
+
+
+def say_rounded_away(wrapped: PeftModel, adapter: ModelPath, stored: Mapping[str, torch.dtype] = NO_TYPES) -> float | None:
     """Say so and return the share where much of the change is lost by merging it in the type of the weights; None where little is.
 
+    `stored` has the types in which weights are written, if others than they are loaded in.
     Into weights that are held quantised, nothing is merged.
     """
-    if is_held_quantized(wrapped.get_base_model()) or (lost := rounded_away(wrapped)) <= _MUCH:
+    if is_held_quantized(wrapped.get_base_model()) or (lost := rounded_away(wrapped, stored)) <= _MUCH:
         return None
     say(
         f"{adapter.reference}: its change is so small that {lost:.0%} of it is lost where the merged weights are rounded to their type; "
@@ -174,21 +180,20 @@ def say_rounded_away(wrapped: PeftModel, adapter: ModelPath) -> float | None:
 
 
 @torch.no_grad()
-def rounded_away(wrapped: PeftModel) -> float:
+def rounded_away(wrapped: PeftModel, stored: Mapping[str, torch.dtype] = NO_TYPES) -> float:
     """‖round(W + ΔW) − (W + ΔW)‖_F / ‖ΔW‖_F over the plain LoRA layers, at most 1: the share of the change that merging in W's type loses."""
     errors = changes = 0.0
-    for _, layer in lora_layers(wrapped):
+    for name, layer in lora_layers(wrapped):
         base = layer.get_base_layer()
-        if (
-            linear_weight(base) is None
-            or ADAPTER in layer.lora_variant
-            or base.weight.dtype not in (torch.bfloat16, torch.float16)
-        ):
+        if linear_weight(base) is None or ADAPTER in layer.lora_variant:
             continue
         weight = base.weight
+        kind = stored.get(f"{name}.weight", weight.dtype)
+        if kind not in (torch.bfloat16, torch.float16):
+            continue
         change = layer.get_delta_weight(ADAPTER).float()
         exact = weight.float() + change
-        errors += (exact.to(weight.dtype).float() - exact).square().sum().item()
+        errors += (exact.to(kind).float() - exact).square().sum().item()
         changes += change.square().sum().item()
     return min(1.0, (errors / changes) ** 0.5) if changes else 0.0
 

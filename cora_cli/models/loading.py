@@ -22,6 +22,8 @@ from cora_cli.models.model_path import ModelPath
 from cora_cli.models.quantized import (
     PLAIN_COPY,
     ask_for_plain,
+    check_blocks,
+    check_float8,
     check_four_bit,
     check_left_out,
     is_dequantized,
@@ -190,6 +192,8 @@ def _unknown_value(model: ModelPath, error: Exception) -> str | None:
 
 def _check_complete(model: ModelPath, checkpoint: Checkpoint, loaded: Any, report: Any, quantized: bool) -> None:
     """Raise `CoraError` where the loaded model is not the one that its files hold; say which of their tensors it does not use."""
+    if quantized and not is_held_quantized(loaded):
+        check_blocks(model, checkpoint)
     passed_over = [] if quantized else Skeleton(loaded).left_out(checkpoint.shapes)
     missing, unused = sorted(report["missing_keys"]), sorted({*report["unexpected_keys"], *passed_over})
     for name, stored, expected in sorted(report["mismatched_keys"]):
@@ -235,17 +239,7 @@ def _incomplete(model: ModelPath, missing: list[str], unused: list[str]) -> Cora
 def _check_types(model: ModelPath, checkpoint: Checkpoint) -> None:
     """Raise `CoraError` for weights that are stored with scales of which the configuration does not tell transformers, or that it does not read."""
     if is_dequantized(model):
-        stated = model.quantization() or {}
-        eight = [
-            name
-            for name in checkpoint.shapes
-            if stated.get("quant_method") == "fp8" and checkpoint.types[name].startswith("float8")
-        ]
-        if bare := next((name for name in eight if f"{name}_scale_inv" not in checkpoint.shapes), None):
-            raise CoraError(
-                f"{model.reference}: its files hold {bare} in float8 without {bare}_scale_inv, the only scale that transformers reads for fp8, so the "
-                f"weight would be another; use {PLAIN_COPY}"
-            )
+        check_float8(model, checkpoint)
         return
     for name, shape in checkpoint.shapes.items():
         kind = checkpoint.types[name]

@@ -3,6 +3,7 @@
 `loading` loads them; here is what has to be set and checked after that, and what such a model cannot be used for.
 """
 
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -12,6 +13,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from cora_cli.device import DTYPES
 from cora_cli.errors import CoraError, reason
+from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.precision import UNSUPPORTED
 from cora_cli.progress import say
@@ -19,6 +21,10 @@ from cora_cli.progress import say
 PLAIN_COPY = "a copy of the model with weights in bf16, fp16 or fp32"
 _SCALES = {"Linear4bit": "quant_state", "Linear8bitLt": "SCB"}
 """The attribute of a weight in which bitsandbytes keeps its scales, by the class of the layer."""
+
+
+_SCALE = re.compile(r"(_scale|_scale_inv|\.scale|\.qscale_\w+)$")
+"""The names of scales, which may be float8 themselves."""
 
 
 def require_four_bit() -> None:
@@ -38,6 +44,48 @@ def is_dequantized(model: ModelPath) -> bool:
         raise CoraError(
             f"config.json of {model.reference} has a quantization_config that cannot be read: {reason(error)}"
         ) from error
+
+
+def check_float8(model: ModelPath, checkpoint: Checkpoint) -> None:
+    """Raise `CoraError` for a float8 weight of the method fp8 without a scale that transformers reads; it would be taken as it is."""
+    if (model.quantization() or {}).get("quant_method") != "fp8":
+        return
+    for name in _float8_weights(checkpoint):
+        if _scale_of(name, checkpoint) is None:
+            raise CoraError(
+                f"{model.reference}: its files hold {name} in float8 without {name}_scale_inv, or another scale that transformers reads for fp8, so the "
+                f"weight would be another; use {PLAIN_COPY}"
+            )
+
+
+def check_blocks(model: ModelPath, checkpoint: Checkpoint) -> None:
+    """Raise `CoraError` for a float8 weight whose last block of rows or columns is not complete.
+
+    Where transformers makes plain numbers of it, it divides the weight into equal blocks, and so applies the scales to others.
+    """
+    stated = model.quantization() or {}
+    blocks = stated.get("weight_block_size") if stated.get("quant_method") == "fp8" else None
+    for name in _float8_weights(checkpoint) if blocks else ():
+        scale = _scale_of(name, checkpoint)
+        grid = checkpoint.shapes[scale][-2:] if scale is not None else ()
+        for size, count, block in zip(checkpoint.shapes[name][-2:], grid, blocks or (), strict=False):
+            if count > 1 and size % block and count == -(-size // block):
+                raise CoraError(
+                    f"{model.reference}: {name} has {size:,} rows or columns in {count} blocks of {block}, the last of them not complete, which transformers "
+                    f"would take for equal ones; use {PLAIN_COPY}"
+                )
+
+
+def _float8_weights(checkpoint: Checkpoint) -> list[str]:
+    kinds = checkpoint.types
+    return [name for name in checkpoint.shapes if kinds[name].startswith("float8") and not _SCALE.search(name)]
+
+
+def _scale_of(name: str, checkpoint: Checkpoint) -> str | None:
+    """The scale of a float8 weight under one of the names that transformers reads for fp8."""
+    stem = name.removesuffix("weight")
+    names = (f"{name}_scale_inv", *((f"{stem}scale", f"{stem}qscale_weight") if stem != name else ()))
+    return next((one for one in names if one in checkpoint.shapes), None)
 
 
 def kind_stated(model: ModelPath) -> str | None:

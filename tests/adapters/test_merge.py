@@ -286,6 +286,29 @@ def test_stored_means_the_type_in_the_files_whatever_the_configuration_says(kind
     assert all(torch.equal(after[name], before[name]) for name in untouched)
 
 
+def test_weights_of_two_types_of_16_bits_stay_as_they_are(tiny_model, tmp_path):
+    copy_of(tiny_model, tmp_path / "base", torch.bfloat16)
+    file = tmp_path / "base" / "model.safetensors"
+    weights = {key: (tensor * 1.01).half() if ".layers.1." in key else tensor for key, tensor in load_file(file).items()}
+    weights = {key: (tensor.float() + 1e-4).half() if ".layers.1." in key else tensor for key, tensor in weights.items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    foreign(tmp_path / "base", tmp_path / "adapter", target_modules=r".*layers\.0\..*q_proj")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    others = [key for key in weights if "layers.0.self_attn.q_proj" not in key]
+    assert all(merged[key].dtype == weights[key].dtype and torch.equal(merged[key], weights[key]) for key in others)
+
+
+def test_a_change_that_is_rounded_away_is_named_whatever_type_one_other_tensor_has(tiny_model, tmp_path, capsys):
+    copy_of(tiny_model, tmp_path / "base", torch.bfloat16)
+    file = tmp_path / "base" / "model.safetensors"
+    weights = {key: tensor.float() if key == "model.norm.weight" else tensor for key, tensor in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    foreign(tmp_path / "base", tmp_path / "adapter", lora_alpha=1e-4)
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    assert "of it is lost where the merged weights are rounded to their type" in capsys.readouterr().err
+
+
 def test_joined_experts_keep_the_type_of_their_files(tmp_path):
     """Next to a tensor of another type, as in DeepSeek V3, whose files hold each expert apart."""
     torch.manual_seed(0)

@@ -103,7 +103,35 @@ def test_a_float8_weight_without_the_scale_that_transformers_reads_is_refused(la
     renamed = {name.replace(lost, lost.removesuffix("_inv")): tensor for name, tensor in load_file(file).items()}
     save_file(renamed, file, metadata={"format": "pt"})
     with pytest.raises(
-        CoraError, match=r"its files hold \S+proj\.weight in float8 without \S+\.weight_scale_inv, the only scale"
+        CoraError, match=r"its files hold \S+proj\.weight in float8 without \S+\.weight_scale_inv, or another scale"
+    ):
+        load_model(resolve_model(str(tmp_path / "fp8")), torch.float32, torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize("named", ["scale", "qscale_weight"])
+def test_the_other_names_of_scales_that_transformers_reads_are_taken(named: str, wide: Path, tmp_path: Path) -> None:
+    plain = write_fp8(tmp_path / "fp8", wide)
+    file = tmp_path / "fp8" / "model.safetensors"
+    renamed = {name.replace("weight_scale_inv", named): tensor for name, tensor in load_file(file).items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    one, other = (
+        load_model(resolve_model(str(path)), torch.float32, torch.device("cpu"), None) for path in (file.parent, plain)
+    )
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(one(input_ids=ids).logits, other(input_ids=ids).logits)
+
+
+def test_blocks_of_float8_of_which_the_last_is_not_complete_are_refused(wide: Path, tmp_path: Path) -> None:
+    """As programs that round the number of blocks up write them; transformers takes the blocks for equal ones."""
+    write_fp8(tmp_path / "fp8", wide)  # 64 or 128 rows in blocks of 32
+    state(tmp_path / "fp8", {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [48, 32]})
+    file = tmp_path / "fp8" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[f"{name}_scale_inv"] = torch.ones(2, tensors[name].shape[1] // 32)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        CoraError, match=r"proj\.weight has 64 rows or columns in 2 blocks of 48, the last of them not complete"
     ):
         load_model(resolve_model(str(tmp_path / "fp8")), torch.float32, torch.device("cpu"), None)
 
