@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model
 from typer.testing import CliRunner
 
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.cli import app
+from tests.conftest import make_model
 
 
 def cora_extract(*arguments: Any) -> Any:
