@@ -8,7 +8,7 @@ import torch
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch.nn.functional import pad
 
-from cora_cli.adapters.peft_settings import pattern_value
+from cora_cli.adapters.peft_settings import DEFAULT_ALPHA, pattern_value
 from cora_cli.adapters.storage import PREFIX
 from cora_cli.methods.parts.layers import ADAPTER
 from cora_cli.models.skeleton import ONE_EXPERT
@@ -27,13 +27,13 @@ def of_one_scale(config: dict[str, Any], stored: Mapping[str, torch.Tensor]) -> 
         return config, dict(stored)
     found = {key: place for key in stored if (place := _FACTOR.match(key))}
     ranks = {place["module"]: len(stored[key]) for key, place in found.items() if place["factor"] == "A"}
-    most = max(ranks.values())
+    most = max(ranks.values(), default=0)
     plain = dict(stored)
     for key, place in found.items():
         rank = ranks.get(place["module"])
         if rank is None:
             continue  # `_check_arrived` names what is missing
-        alpha = pattern_value(config.get("alpha_pattern"), place["module"], config.get("lora_alpha"))
+        alpha = pattern_value(config.get("alpha_pattern"), place["module"], config.get("lora_alpha", DEFAULT_ALPHA))
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         if place["factor"] == "A":
             plain[key] = pad(stored[key], (0, 0, 0, most - rank))

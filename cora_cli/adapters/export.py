@@ -146,9 +146,8 @@ def _as_lora(
     state, rank = plain_factors(factors)
     transposed = any(stores_transposed(layer) for _, layer in layers)
     targets = copy.copy(config.target_modules)
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed), state | _complete(
-        wrapped, stored
-    )
+    state |= _complete(wrapped, stored)
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed), state
 
 
 def _by_stored_names(
@@ -161,9 +160,8 @@ def _by_stored_names(
         config.target_modules = stated
     elif config.target_modules:
         config.target_modules = {stored_as.get(name, name) for name in config.target_modules}
-    if (
-        config.modules_to_save
-    ):  # by their complete names, since a part of the class that this model lacks may have others with such an ending
+    if config.modules_to_save:
+        # By their complete names, since a part of the class that this model lacks may have others with such an ending.
         inner = wrapped.get_base_model()
         saved = [name for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)]
         config.modules_to_save = [stored_as.get(name, name) for name in saved]

@@ -84,12 +84,12 @@ def merge_adapter(
     lost = say_rounded_away(wrapped, adapter, stored)
     merged = merged_into_base(wrapped, adapter, safe=True)
     left = embedding_rows(merged)
-    if tokenizer is not None and rows != left < len(tokenizer):
-        raise CoraError(
-            f"{adapter.reference} stores {left:,} embedding rows, fewer than the {len(tokenizer):,} tokens of its tokenizer, so that text could have tokens "
-            "without a row; it belongs to another tokenizer, or its embedding was cut too short"
-        )
     if tokenizer is not None:
+        if rows != left < len(tokenizer):
+            raise CoraError(
+                f"{adapter.reference} stores {left:,} embedding rows, fewer than the {len(tokenizer):,} tokens of its tokenizer, so that text could have "
+                "tokens without a row; it belongs to another tokenizer, or its embedding was cut too short"
+            )
         say_tokens_without_rows(len(tokenizer), left, adapter)
     join_projections(merged)
     if tied and has_own_head(merged):

@@ -94,7 +94,7 @@ def _comparable(results: "list[Evaluation]") -> "list[list[Evaluation]]":
 
 
 def _show_differences(group: "list[Evaluation]") -> None:
-    """Print how the later evaluations of a group differ from the first, and what may be behind that besides the models."""
+    """Print how the later evaluations of a group differ from the first, and what may be behind that apart from the models."""
     from cora_cli.evaluation.targets import is_base
 
     first, *others = group

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from cora_cli import writing
 from cora_cli.cli import app
+from cora_cli.cli.evaluate import _comparable
 from cora_cli.evaluation import backend
+from cora_cli.evaluation.scoring import Evaluation
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
@@ -173,6 +175,12 @@ def test_runs_with_other_held_out_records_get_their_table_but_no_comparison(
     assert re.search(r"over the records, which differ: n = \d+ of \S+, n = 1 of \S+other\]", " ".join(result.stdout.split()))
     assert "paired differences" not in result.stdout
     assert f"{runs[0]} answered other records than the others, so it is compared with none" in " ".join(result.stdout.split())
+
+
+def test_each_run_is_compared_with_its_own_base_and_over_its_own_records() -> None:
+    made = [("m (base)", "a"), ("one", "a"), ("two", "a"), ("n (base)", "a"), ("three", "a"), ("four", "b")]
+    groups = _comparable([Evaluation(name, {}, {}, records, "") for name, records in made])
+    assert [[one.name for one in group] for group in groups] == [["m (base)", "one", "two"], ["n (base)", "three"], ["four"]]
 
 
 def test_runs_that_were_asked_other_prompts_with_equal_references_are_compared_with_a_note(

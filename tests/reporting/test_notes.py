@@ -19,6 +19,7 @@ from cora_cli.reporting.report_rows import Experiment, read_plan
 from cora_cli.reporting.results import Collection
 from cora_cli.reporting.summary import summarise
 from cora_cli.reporting.tables import scores_table
+from cora_cli.reporting.training_conditions import _start
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
 from tests.reporting.helpers import Made, make_grid, result, write_scored
@@ -156,6 +157,20 @@ def test_rows_that_were_not_trained_alike_are_named_under_the_table_and_in_their
     text = " ".join(report([str(grid)]).split())
     note = f"Not all rows were trained alike, from which differences between them may come: {found}."
     assert (note in text, f"not trained alike: {named})" in text) == (bool(found), bool(named))
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [({"alpha": 64}, "scale of B·A"), ({"rslora": True}, "scale of B·A"), ({"a_init": "gaussian"}, "")],
+)
+def test_another_scale_is_named_and_the_start_of_a_only_within_a_mode(plan, said, tmp_path):
+    grid = make_grid(tmp_path / "grid", [Made("lora", "lora"), Made("fb", "fb", n_models=2)], prompts=6)
+    place = next(path for path in grid.rglob("run.json") if "-fb_" in str(path))
+    record = read_json(place)
+    writing.write_json(place, {**record, "plan": {**record["plan"], **plan}})
+    text = " ".join(report([str(grid)]).split())
+    assert ("not trained alike: scale of B·A" in text) == bool(said)
+    assert _start({"mode": "fb", "a_init": "zeros"}) == {"a_init of fb": "zeros"}
 
 
 def test_next_to_the_papers_numbers_stands_of_which_model_data_and_rank_those_of_the_rows_are(tmp_path):
