@@ -7,13 +7,20 @@ from typing import Any
 import torch
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 from cora_cli.adapters.peft_settings import DEFAULT_ALPHA, pattern_value
 from cora_cli.adapters.storage import PREFIX
+from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import ADAPTER
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.skeleton import ONE_EXPERT
 
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+?)\.lora_(?:embedding_)?(?P<factor>[AB])(?P<bias>\.bias)?")
+_PLACE = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<name>[^.]+)\.(?P<factor>lora_[AB])\.weight")
+_HALVES = {"w1": ("w1", "w3"), "w3": ("w1", "w3"), "gate_proj": ("gate_proj", "up_proj"), "up_proj": ("gate_proj", "up_proj")}
+"""Gate and up, which transformers joins to one weight, under both names that they have in files."""
+_DOWN = {"w1": "w2", "w3": "w2", "gate_proj": "down_proj", "up_proj": "down_proj"}
 _JOINED = re.compile(r"\.experts\.(?:base_layer\.)*lora_[AB]\.")
 
 
@@ -42,6 +49,48 @@ def of_one_scale(config: dict[str, Any], stored: Mapping[str, torch.Tensor]) -> 
             plain[key] = scaled if place["bias"] else pad(scaled, (0, most - rank))
     changed = {"r": most, "lora_alpha": most, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     return {**config, **changed}, plain
+
+
+def of_all_experts(
+    model: PreTrainedModel, config: dict[str, Any], stored: dict[str, torch.Tensor], adapter: ModelPath
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """An adapter of single experts with zeros for what it leaves as it is of a layer's experts; any other as it is.
+
+    PEFT joins all experts of a layer or none, gate with up, and names the result as if down were adapted too. Patterns of target modules are
+    replaced by names, since PEFT compares them with experts that have no numbers. Raises `CoraError` for A without B, or B without A.
+    """
+    places = {key: place for key in stored if (place := _PLACE.fullmatch(key))}
+    if not places:
+        return config, stored
+    count = max(
+        (len(weight) for name, weight in model.named_parameters() if ".experts." in name and weight.ndim == 3), default=0
+    )
+    like: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = {}
+    for place in places.values():
+        pair = [f"{place['experts']}.{place['number']}.{place['name']}.lora_{factor}.weight" for factor in "AB"]
+        if lost := [key for key in pair if key not in stored]:
+            raise CoraError(
+                f"adapter {adapter.path}: {lost[0]} is missing, the other factor of that expert is there: the adapter is incomplete"
+            )
+        a, b = (stored[key] for key in pair)
+        for name in _HALVES.get(place["name"], (place["name"],)):
+            like.setdefault((place["experts"], name), (a, b))
+        if place["name"] in _DOWN:
+            like.setdefault((place["experts"], _DOWN[place["name"]]), (b.T, a.T))
+    plain = dict(stored)
+    for (experts, name), (a, b) in like.items():
+        for number in range(count):
+            if f"{experts}.{number}.{name}.lora_A.weight" not in stored:
+                plain[f"{experts}.{number}.{name}.lora_A.weight"] = torch.zeros_like(a)
+                plain[f"{experts}.{number}.{name}.lora_B.weight"] = torch.zeros_like(b)
+    added = {place["name"] for key in plain.keys() - stored.keys() if (place := _PLACE.fullmatch(key))}
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets != "all-linear":
+        others = {found["module"] for key in stored.keys() - places.keys() if (found := _FACTOR.match(key))}
+        targets = sorted(others | {place["name"] for place in places.values()})
+    if isinstance(targets, list):
+        targets = [*targets, *sorted(added - {target.rpartition(".")[2] for target in targets})]
+    return {**config, "target_modules": targets}, plain
 
 
 def joined(wrapped: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

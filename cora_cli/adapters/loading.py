@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from cora_cli import writing
 from cora_cli.adapters.elsewhere import start_that_changes_base
-from cora_cli.adapters.experts import joined, of_one_scale, unchanged_experts
+from cora_cli.adapters.experts import joined, of_all_experts, of_one_scale, unchanged_experts
 from cora_cli.adapters.facts import COMPACT_FILE, AdapterFacts, read_facts, starting_b
 from cora_cli.adapters.install import apply_trained_set, install_adapter
 from cora_cli.adapters.names import config_by_names, module_of, names_of, of_left_out_parts, renamed
@@ -81,7 +81,7 @@ def load_adapter(
                 stored = _stored_tensors(adapter)
                 if facts is None:
                     _check_gathered(adapter, stored)
-                config, stored = of_one_scale(adapter.adapter_config(), stored)
+                config, stored = of_all_experts(model, *of_one_scale(adapter.adapter_config(), stored), adapter)
                 names = names_of(model, stored)
                 if apart := of_left_out_parts(model, stored, names, base) if base is not None else set():
                     stored, config = _without(apart, stored, config, model, adapter)
@@ -301,9 +301,14 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
             kind += (
                 "; it is of the model without its head, as embedding models are, which PEFT does not load on one with a head"
             )
-        if state is not single and (dense := [key for key in lost if key in single and module_of(key) in known]):
-            lost = [dense[0], *lost[1:]]
-            kind = "is of a layer that is called as experts are, which PEFT leaves out next to those; merge it with the transformers 4 that trained it"
+        if state is not single:
+            remedy = "merge it with the transformers 4 that trained it"
+            if dense := [key for key in lost if key in single and module_of(key) in known]:
+                lost = [dense[0], *lost[1:]]
+                kind = f"is of a layer that is called as experts are, which PEFT leaves out next to those; {remedy}"
+            elif lost[0] not in expected and lost[0] not in single:
+                lost = [min(single.keys() - state.keys()), *lost[1:]]
+                kind = f"is of a single expert, which PEFT does not join with the others for {taken}; {remedy}"
         raise CoraError(f"adapter {adapter.path}: {len(lost)} keys do not fit the model, the first, {lost[0]}, {kind}")
 
 

@@ -1,6 +1,7 @@
 """Adapters on models whose linear layers are stored as (in, out), and on the language model of one that also takes images."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -223,29 +224,45 @@ def test_default_targets_that_a_family_lacks_are_refused_with_its_linear_layers(
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "changed"),
     [
-        {},
-        {"use_rslora": True},
-        {"alpha_pattern": {r"layers\.1\..*": 16}},
-        {"rank_pattern": {r".*experts\.1\..*": 3}},
-        {"layers_to_transform": [1]},
+        ({}, ""),
+        ({"use_rslora": True}, ""),
+        ({"alpha_pattern": {r"layers\.1\..*": 16}}, ""),
+        ({"rank_pattern": {r".*experts\.1\..*": 3}}, ""),
+        ({"layers_to_transform": [1]}, ""),
+        ({"target_modules": r".*\.experts\.\d+\.\w+"}, ""),
+        ({}, r"^1\."),
+        ({}, "gate"),
+        ({"rank_pattern": {r".*experts\.1\..*": 3}}, r"^1\.(up|down)"),
+        ({"target_modules": r".*\.experts\.\d+\.\w+"}, "gate"),
     ],
-    ids=["plain", "rslora", "alphas", "ranks", "one layer"],
+    ids=[
+        "plain",
+        "rslora",
+        "alphas",
+        "ranks",
+        "one layer",
+        "pattern",
+        "one expert",
+        "gate alone",
+        "up and down of one",
+        "pattern of gate alone",
+    ],
 )
 @pytest.mark.parametrize(
     ("model_type", "layer", "gate_up_down"),
     [("mixtral", "block_sparse_moe", ("w1", "w3", "w2")), ("qwen3_moe", "mlp", ("gate_proj", "up_proj", "down_proj"))],
 )
 def test_adapters_of_single_experts_change_the_experts_that_transformers_fuses(
-    model_type: str, layer: str, gate_up_down: tuple[str, str, str], settings: dict[str, Any], tmp_path: Path
+    model_type: str, layer: str, gate_up_down: tuple[str, str, str], settings: dict[str, Any], changed: str, tmp_path: Path
 ) -> None:
-    """Each by its own scale: PEFT has that of rsLoRA wrong for the joined ones, and passes over patterns."""
+    """Each by its own scale: PEFT has that of rsLoRA wrong for the joined ones, and passes over patterns; it refuses gate without up and some experts."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(build(model_type))
     base.save_pretrained(tmp_path / "base")
     wanted = copy.deepcopy(base)
-    gate, up, down = gate_up_down
+    targets = dict(zip(("gate", "up", "down"), gate_up_down, strict=True))
     state: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for number, block in enumerate(wanted.model.layers):
@@ -254,17 +271,18 @@ def test_adapters_of_single_experts_change_the_experts_that_transformers_fuses(
             experts = block.mlp.experts
             for expert in range(len(experts.down_proj)):
                 halves = experts.gate_up_proj[expert].chunk(2)
-                for name, weight in ((gate, halves[0]), (up, halves[1]), (down, experts.down_proj[expert])):
+                for part, weight in (("gate", halves[0]), ("up", halves[1]), ("down", experts.down_proj[expert])):
+                    if not re.search(changed, f"{expert}.{part}"):
+                        continue
                     rank = 3 if expert == 1 and "rank_pattern" in settings else 2
                     alpha = 16 if number == 1 and "alpha_pattern" in settings else 4
                     a, b = 0.3 * torch.randn(rank, weight.shape[1]), 0.3 * torch.randn(len(weight), rank)
-                    key = f"base_model.model.model.layers.{number}.{layer}.experts.{expert}.{name}"
+                    key = f"base_model.model.model.layers.{number}.{layer}.experts.{expert}.{targets[part]}"
                     state |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
                     weight.add_(alpha / (rank**0.5 if settings.get("use_rslora") else rank) * b @ a)
     adapter = tmp_path / "adapter"
-    config = LoraConfig(
-        r=2, lora_alpha=4, target_modules=gate_up_down, base_model_name_or_path=str(tmp_path / "base"), **settings
-    )
+    adapted = {"target_modules": [targets[part] for part in targets if re.search(changed, f"1.{part}")]}
+    config = LoraConfig(r=2, lora_alpha=4, base_model_name_or_path=str(tmp_path / "base"), **(adapted | settings))
     config.save_pretrained(str(adapter))
     save_file(state, adapter / "adapter_model.safetensors")
     wrapped = load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), resolve_model(str(adapter)))
@@ -275,3 +293,43 @@ def test_adapters_of_single_experts_change_the_experts_that_transformers_fuses(
     source, query = open_source(resolve_model(str(adapter))), base.model.layers[0].self_attn.q_proj
     assert torch.equal(source.read("model.layers.0.self_attn.q_proj"), query.weight.double())
     assert not any(".experts." in module for module in source.shapes)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dense", "lost", "said"),
+    [
+        ("qwen3_moe", False, "experts.1.down_proj.lora_B.weight", r"experts\.1\.down_proj\.lora_B\.weight is missing"),
+        (
+            "deepseek_v3",
+            True,
+            None,
+            r"shared_experts\.down_proj\.lora_A\.weight, is of a layer that is called as experts are, which PEFT leaves out",
+        ),
+        (
+            "qwen2_moe",
+            False,
+            None,
+            r"experts\.0\.down_proj\.lora_A\.weight, is of a single expert, which PEFT does not join with the others for Qwen2Moe",
+        ),
+    ],
+    ids=["a factor is lost", "a dense layer of the same name", "a family that PEFT passes over"],
+)
+def test_adapters_of_single_experts_that_peft_loads_in_part_are_refused(
+    model_type: str, dense: bool, lost: str | None, said: str, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_config(build(model_type))
+    base.save_pretrained(tmp_path / "base")
+    number, block = next((number, layer.mlp) for number, layer in enumerate(base.model.layers) if hasattr(layer.mlp, "experts"))
+    shapes = {f"experts.{expert}.down_proj": weight.shape for expert, weight in enumerate(block.experts.down_proj)}
+    if dense:
+        shapes["shared_experts.down_proj"] = block.shared_experts.down_proj.weight.shape
+    state = {}
+    for name, (outputs, inputs) in shapes.items():
+        state[f"base_model.model.model.layers.{number}.mlp.{name}.lora_A.weight"] = torch.randn(2, inputs)
+        state[f"base_model.model.model.layers.{number}.mlp.{name}.lora_B.weight"] = torch.randn(outputs, 2)
+    state = {key: tensor for key, tensor in state.items() if lost is None or not key.endswith(lost)}
+    adapter = tmp_path / "adapter"
+    LoraConfig(r=2, target_modules=["down_proj"], base_model_name_or_path=str(tmp_path / "base")).save_pretrained(str(adapter))
+    save_file(state, adapter / "adapter_model.safetensors")
+    with pytest.raises(CoraError, match=said):
+        load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), resolve_model(str(adapter)))
