@@ -81,12 +81,10 @@ def run(config: EvaluateConfig) -> None:
 
 def _comparable(results: "list[Evaluation]") -> "list[list[Evaluation]]":
     """The evaluations in groups, each of the same records, to be compared with the first one: the runs of a base model with that."""
-    from cora_cli.evaluation.targets import is_base
-
     groups: list[list[Evaluation]] = []
     for result in results:
         same = [group for group in groups if group[0].references_sha256 == result.references_sha256]
-        if same and not is_base(result.name):
+        if same and not result.of_base:
             same[-1].append(result)
         else:
             groups.append([result])
@@ -95,11 +93,9 @@ def _comparable(results: "list[Evaluation]") -> "list[list[Evaluation]]":
 
 def _show_differences(group: "list[Evaluation]") -> None:
     """Print how the later evaluations of a group differ from the first, and what may be behind that apart from the models."""
-    from cora_cli.evaluation.targets import is_base
-
     first, *others = group
     if not others:
-        if not is_base(first.name):
+        if not first.of_base:
             show(f"note: {first.name} answered other records than the others, so it is compared with none of them")
         return
     show(f"\npaired differences from {first.name}, with two-sided p-values (not corrected for multiple comparisons)")

@@ -237,7 +237,9 @@ def _evaluate_target(
             now = {**shapes.read_generation(out), "predictions_sha256": hashing.sha256_file(out.predictions)}
             shapes.write_sealed(out.generation, now)
     generation = _renamed(out, target.name, settings)
-    evaluation = score(config, target.name, out.predictions, out, hardware, generation, executor, problems)
+    evaluation = dataclasses.replace(
+        score(config, target.name, out.predictions, out, hardware, generation, executor, problems), of_base=target.of_base
+    )
     if out != target.output:
         put_in_place(target.output, out)
     shutil.rmtree(target.output.root / REPLACEMENT, ignore_errors=True)

@@ -29,13 +29,17 @@ from cora_cli.rundir import EvaluationDirectory
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation: its name, the contents of `metrics.json`, (n, k) statistics for each metric, and hashes of what was asked and expected."""
+    """A finished evaluation: its name, the contents of `metrics.json`, (n, k) statistics for each metric, and hashes of what was asked and expected.
+
+    `of_base` tells that of the base model of runs, with which theirs are compared.
+    """
 
     name: str
     record: dict[str, Any]
     statistics: dict[str, Any]
     references_sha256: str
     prompts_sha256: str
+    of_base: bool = False
 
     def signature(self, name: str) -> str:
         """The signature of the metric `name`, with everything that moves its value apart from the answers."""

@@ -27,14 +27,6 @@ from cora_cli.progress import say
 from cora_cli.rundir import EvaluationDirectory, RunDirectory, unlike_record
 from cora_cli.settings import TemplateName
 
-BASE = " (base)"
-"""What stands behind the name of a base model that answers the records of a run; see `is_base`."""
-
-
-def is_base(name: str) -> bool:
-    """Whether an evaluation of that name is of a run's base model."""
-    return name.endswith(BASE) or " (base of " in name
-
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -42,7 +34,8 @@ class Target:
 
     `own_records` are those held out by the training that produced it. `date` is what a chat template that writes the date takes for it, None
     where neither the user nor a training decides. `rank` is what the adapter is cut to. `others` are the further members of an ensemble, whose
-    first one is `base` with `adapter`. `draws` are those from the distribution of the adapter, 0 for its mean.
+    first one is `base` with `adapter`. `draws` are those from the distribution of the adapter, 0 for its mean. `of_base` tells the base model of
+    runs, which answers their records.
     """
 
     name: str
@@ -56,6 +49,7 @@ class Target:
     rank: int | None = None
     others: tuple["Target", ...] = ()
     draws: int = 0
+    of_base: bool = False
 
     @property
     def members(self) -> tuple["Target", ...]:
@@ -117,7 +111,7 @@ def find_targets(config: EvaluateConfig) -> list[Target]:
     _check_effects(config, targets)
     if config.ensemble:
         return _as_ensemble(config, targets)
-    bases = [target for target in targets if target.own_records is None]
+    bases = [target for target in targets if target.of_base]
     if config.output_dir and len(bases) > 1:
         raise CoraError(
             f"{bases[0].name} and {bases[1].name} would be written to the same directory {bases[0].output.root}; evaluate their runs separately, "
@@ -237,7 +231,8 @@ def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target |
         return own, None
     if adapter is None:  # a complete model; its base is the one that the training started from
         base = resolve_base(config.base, not config.dry_run) or _start_of(name, record, not config.dry_run)
-    return own, Target(f"{base.reference}{BASE}", base, None, dataset, template, EvaluationDirectory(base_root), date=date)
+    base_out = EvaluationDirectory(base_root)
+    return own, Target(f"{base.reference} (base)", base, None, dataset, template, base_out, date=date, of_base=True)
 
 
 def _start_of(name: str, record: dict[str, Any], weights: bool) -> ModelPath:

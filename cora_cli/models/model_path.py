@@ -217,7 +217,9 @@ class ModelPath:
                 f"{self.reference} has an adapter_config.json, but {self._complete_files()[0].name} in place of the adapter_model.safetensors of "
                 "PEFT, as other programs write it (MLX); convert it to PEFT's form first"
             )
-        if (self.path / "adapter_config.json").exists() and (own := self._adapter_files()) and (model := self._named_files()):
+        # Without a config.json it is no complete model: TRL's PPO writes its value head as pytorch_model.bin next to the adapter.
+        configured = all((self.path / name).exists() for name in ("adapter_config.json", "config.json"))
+        if configured and (own := self._adapter_files()) and (model := self._named_files()):
             raise CoraError(
                 f"{self.reference} holds both a complete model ({model[0].name}) and an adapter ({own[0].name}); move one of them to a "
                 "directory of its own"

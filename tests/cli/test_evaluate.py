@@ -178,9 +178,16 @@ def test_runs_with_other_held_out_records_get_their_table_but_no_comparison(
 
 
 def test_each_run_is_compared_with_its_own_base_and_over_its_own_records() -> None:
-    made = [("m (base)", "a"), ("one", "a"), ("two", "a"), ("n (base)", "a"), ("three", "a"), ("four", "b")]
-    groups = _comparable([Evaluation(name, {}, {}, records, "") for name, records in made])
-    assert [[one.name for one in group] for group in groups] == [["m (base)", "one", "two"], ["n (base)", "three"], ["four"]]
+    made = [
+        ("m", "a", True),
+        ("one", "a", False),
+        ("two (base)", "a", False),
+        ("n", "a", True),
+        ("three", "a", False),
+        ("four", "b", False),
+    ]
+    groups = _comparable([Evaluation(name, {}, {}, records, "", of_base) for name, records, of_base in made])
+    assert [[one.name for one in group] for group in groups] == [["m", "one", "two (base)"], ["n", "three"], ["four"]]
 
 
 def test_runs_that_were_asked_other_prompts_with_equal_references_are_compared_with_a_note(

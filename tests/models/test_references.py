@@ -56,6 +56,9 @@ def test_the_weights_decide_between_model_and_adapter(tmp_path):
         CoraError, match=r"both a complete model \(model.safetensors\) and an adapter \(adapter_model.safetensors\)"
     ):
         resolve_model(str(both))
+    with_value_head = make(tmp_path / "ppo", "pytorch_model.bin", "adapter_config.json", "adapter_model.safetensors")
+    assert resolve_model(str(with_value_head)).is_adapter
+    assert [file.name for file in resolve_model(str(with_value_head)).other_weight_files()] == ["pytorch_model.bin"]
 
 
 def test_an_adapter_that_is_not_pefts_is_named(tmp_path):
