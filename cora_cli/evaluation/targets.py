@@ -152,7 +152,7 @@ def _as_ensemble(config: EvaluateConfig, targets: Sequence[Target]) -> list[Targ
 
     Raises `CoraError` for runs that cannot be averaged: one twice, other tokens, or other prompts or records.
     """
-    bases, runs = ([one for one in targets if (one.own_records is None) is wanted] for wanted in (True, False))
+    bases, runs = ([one for one in targets if one.of_base is wanted] for wanted in (True, False))
     if len(bases) > 1:
         raise CoraError(f"--with-base needs one base model, but the runs have {' and '.join(one.name for one in bases)}")
     first = runs[0]
