@@ -22,7 +22,9 @@ from cora_cli.models.model_path import ModelPath
 from cora_cli.models.quantized import (
     PLAIN_COPY,
     ask_for_plain,
+    cannot_be_converted,
     check_blocks,
+    check_compressed,
     check_float8,
     check_four_bit,
     check_left_out,
@@ -104,7 +106,9 @@ def load_model(
         if is_out_of_memory(error):
             raise
         model.require_unchanged()
-        raise CoraError(f"model {model.reference} cannot be loaded: {_unknown_value(model, error) or reason(error)}") from error
+        raise CoraError(
+            f"model {model.reference} cannot be loaded: {_unknown_value(model, error) or cannot_be_converted(error) or reason(error)}"
+        ) from error
     model.require_unchanged()
     if quantized:
         check_left_out(loaded, model, checkpoint.types)
@@ -240,6 +244,7 @@ def _check_types(model: ModelPath, checkpoint: Checkpoint) -> None:
     """Raise `CoraError` for weights that are stored with scales of which the configuration does not tell transformers, or that it does not read."""
     if is_dequantized(model):
         check_float8(model, checkpoint)
+        check_compressed(model, checkpoint)
         return
     for name, shape in checkpoint.shapes.items():
         kind = checkpoint.types[name]

@@ -76,6 +76,48 @@ def check_blocks(model: ModelPath, checkpoint: Checkpoint) -> None:
                 )
 
 
+def cannot_be_converted(error: Exception) -> str | None:
+    """That transformers failed to make plain numbers of quantised weights, in words, since its own ones are of a report that it logs; None otherwise."""
+    if not (isinstance(error, RuntimeError) and "`CONVERSION`" in str(error)):
+        return None
+    return f"transformers cannot make the weights of its layers from those that its files hold; if they are quantised, use {PLAIN_COPY}"
+
+
+def check_compressed(model: ModelPath, checkpoint: Checkpoint) -> None:
+    """Raise `CoraError` for weights of compressed-tensors of which transformers would make others as plain numbers.
+
+    It takes one scheme for all layers, and one for all experts, and of the experts' scales only `weight_scale`.
+    """
+    stated = model.quantization() or {}
+    if stated.get("quant_method") != "compressed-tensors":
+        return
+    schemes: dict[bool, dict[str, str]] = {False: {}, True: {}}
+    groups = stated.get("config_groups")
+    for name, group in groups.items() if isinstance(groups, dict) else ():
+        if not isinstance(group, dict):
+            continue  # which the library refuses
+        targets = group.get("targets") or ()
+        of_experts = any(str(target).startswith("re:") and "experts" in str(target) for target in targets)
+        weights = group.get("weights")
+        read = [
+            isinstance(weights, dict) and weights.get(key)
+            for key in ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric")
+        ]
+        schemes[of_experts].setdefault(repr([group.get("format") or stated.get("format"), *read]), name)
+    for ways in schemes.values():
+        if len(ways) > 1:
+            raise CoraError(
+                f"{model.reference}: config.json quantises its layers in several ways ({', '.join(ways.values())}), of which transformers takes one "
+                f"for all as it makes plain numbers of them; use {PLAIN_COPY}"
+            )
+    ignored = ("weight_global_scale", "weight_zero_point")
+    lost = next((name for name in sorted(checkpoint.shapes) if ".experts." in name and name.endswith(ignored)), None)
+    if lost is not None:
+        raise CoraError(
+            f"{model.reference}: its files hold {lost}, which transformers does not apply to experts as it makes plain numbers of them; use {PLAIN_COPY}"
+        )
+
+
 def _float8_weights(checkpoint: Checkpoint) -> list[str]:
     kinds = checkpoint.types
     return [name for name in checkpoint.shapes if kinds[name].startswith("float8") and not _SCALE.search(name)]

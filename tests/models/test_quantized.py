@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
 
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.errors import CoraError
+from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.loading import load_model
-from cora_cli.models.quantized import ask_for_plain
+from cora_cli.models.quantized import ask_for_plain, cannot_be_converted, check_compressed
 from cora_cli.models.references import resolve_model
 from cora_cli.training.run import train
 from tests.conftest import make_model
@@ -209,6 +210,66 @@ def test_weights_of_compressed_tensors_are_asked_for_as_plain_numbers_also_in_a_
     other = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
     ask_for_plain(other)
     assert "dequantize" not in other.quantization_config
+
+
+def of_group(bits: int, *targets: str, **others: Any) -> dict[str, Any]:
+    return {
+        "targets": list(targets),
+        "weights": {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 32},
+        **others,
+    }
+
+
+@pytest.mark.parametrize(
+    ("groups", "extra", "said"),
+    [
+        ({"a": of_group(4, "re:.*mlp"), "b": of_group(8, "re:.*attn")}, None, r"in several ways \(a, b\)"),
+        (
+            {"a": of_group(4, "Linear", format="pack-quantized"), "b": of_group(4, "re:.*attn", format="other")},
+            None,
+            r"\(a, b\)",
+        ),
+        ({"a": of_group(4, "re:.*experts.*up"), "b": of_group(8, "re:.*experts.*down")}, None, r"\(a, b\)"),
+        (
+            {"a": of_group(4, "Linear")},
+            "model.layers.0.mlp.experts.0.up_proj.weight_global_scale",
+            "weight_global_scale, which",
+        ),
+        ({"a": of_group(4, "Linear")}, "model.layers.0.mlp.experts.0.up_proj.weight_zero_point", "weight_zero_point, which"),
+    ],
+)
+def test_weights_of_compressed_tensors_of_which_transformers_makes_others_are_refused(
+    groups: dict[str, Any], extra: str | None, said: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    state(model, {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups})
+    if extra is not None:
+        save_file({**load_file(model / "model.safetensors"), extra: torch.ones(1)}, model / "model.safetensors")
+    with pytest.raises(CoraError, match=said):
+        load_model(resolve_model(str(model)), torch.float32, torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"a": of_group(4, "re:.*mlp"), "b": of_group(4, "re:.*attn", input_activations={})},
+        {"a": of_group(8, "Linear"), "b": of_group(4, "re:.*experts")},
+    ],
+    ids=["one way", "experts in their own way"],
+)
+def test_weights_of_compressed_tensors_are_left_to_transformers_where_it_knows_the_way(
+    groups: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    state(model, {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups})
+    found = resolve_model(str(model))
+    check_compressed(found, Checkpoint(found))
+
+
+def test_the_report_that_transformers_logs_of_failed_conversions_is_not_referred_to() -> None:
+    said = "We encountered some issues during automatic conversion of the weights. For details look at the `CONVERSION` entries of the above report!"
+    assert "if they are quantised, use a copy" in str(cannot_be_converted(RuntimeError(said)))
+    assert cannot_be_converted(RuntimeError("other")) is None
 
 
 class Quantised(torch.Tensor):
