@@ -110,6 +110,11 @@ def _as_lora(
     facts = read_facts(adapter.path)
     ours = method_of(facts.plan.mode).lora_rank if facts is not None else AS_THE_FILE_SAYS
     is_lora = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)  # which PEFT derives from it
+    if before and getattr(config, "layer_replication", None):
+        raise CoraError(
+            f"{adapter.reference} subtracts its start ({config.init_lora_weights}) from weights that its replicated layers share, so no LoRA on the base "
+            "is equivalent; `cora merge` writes it as a plain model"
+        )
     if ours is not None and is_lora and not config.use_dora:
         state = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
         state |= _complete(wrapped, stored)

@@ -370,6 +370,13 @@ def test_an_adapter_on_weights_that_cannot_be_computed_again_is_refused(start, t
         merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
 
 
+def test_a_start_that_replicated_layers_subtract_from_shared_weights_is_no_lora_on_the_base(tiny_model, tmp_path):
+    foreign(tiny_model, tmp_path / "adapter", init_lora_weights="olora", layer_replication=[[0, 2], [1, 2]])
+    with pytest.raises(CoraError, match=r"subtracts its start \(olora\) from weights that its replicated layers share"):
+        export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -17,7 +17,7 @@ from cora_cli.evaluation.judge.answers import Answers, load_answers
 from cora_cli.evaluation.judge.asking import Call, Judge, NoReply
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.evaluation.judge.endpoint import Endpoint
-from cora_cli.evaluation.judge.judgments import CUT, Judgments, estimated_tokens
+from cora_cli.evaluation.judge.judgments import CUT, Judgments, begins_as, estimated_tokens
 from cora_cli.evaluation.judge.measures import measure_rubric
 from cora_cli.evaluation.judge.questions import Question, all_questions
 from cora_cli.evaluation.judge.rubrics import Rubric, load_rubric
@@ -114,7 +114,8 @@ def _recorded_date(out: JudgeDirectory) -> str | None:
 
 
 def _check_nothing_is_lost(work: _Work) -> None:
-    """Raise `CoraError` if the output directory holds other files, or the result of another judge, unless `overwrite` is on."""
+    """Raise `CoraError` if the output directory holds other files, the result of another judge, or judgments that were changed since; for the last two unless
+    `overwrite` is on."""
     out = work.out
     if not out.result.exists():
         if not out.judgments.exists() and writing.holds_files(out.root):
@@ -129,6 +130,10 @@ def _check_nothing_is_lost(work: _Work) -> None:
         raise CoraError(
             f"{out.result} holds the judgment of {' and '.join(f'another {name}' if name == 'judge' else f'other {name}' for name in differing)}; "
             "choose another --output-dir, or replace it with --overwrite, which keeps all judgments.jsonl"
+        )
+    if out.judgments.is_file() and not begins_as(out.judgments, recorded["judgments_sha256"]):
+        raise CoraError(
+            f"{out.judgments} was changed since {out.result} was written, which describes other lines; restore it, or use it as it is with --overwrite"
         )
 
 

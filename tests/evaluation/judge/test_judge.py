@@ -188,7 +188,23 @@ def test_a_judgment_that_was_edited_is_refused(server, answers, entry) -> None:
     writing.write_jsonl(path, lines)
     result = cora("judge", "--from", answers, *at(server))
     assert result.exit_code == 1
+    assert "judgments.jsonl was changed since" in result.output
+    result = cora("judge", "--from", answers, "--overwrite", *at(server))
+    assert result.exit_code == 1
     assert f"line {place + 1}: the judgment is not what its reply says" in result.output
+
+
+def test_judgments_whose_requests_were_exchanged_are_not_sealed_again(server, answers) -> None:
+    """Each line by itself says what it may say."""
+    cora("judge", "--from", answers, *at(server))
+    path = answers.parent / "judge" / "judgments.jsonl"
+    lines, sealed = read_jsonl(path), (path.parent / "judge.json").read_bytes()
+    lines[0]["request_sha256"], lines[1]["request_sha256"] = lines[1]["request_sha256"], lines[0]["request_sha256"]
+    writing.write_jsonl(path, lines)
+    result = cora("judge", "--from", answers, *at(server))
+    assert result.exit_code == 1
+    assert "judgments.jsonl was changed since" in result.output
+    assert (path.parent / "judge.json").read_bytes() == sealed
 
 
 def test_a_request_that_two_lines_judge_is_refused(server, answers) -> None:

@@ -68,6 +68,7 @@ def test_half_a_line_of_a_killed_command_is_dropped(tmp_path) -> None:
         complete = out.judgments.read_bytes()
         for cut in (1, 40, len(complete.splitlines()[-1])):
             out.judgments.write_bytes(complete[:-cut])
+            out.result.unlink()
             sent = len(server.requests)
             found, _ = judge(config)
             assert len(server.requests) == sent + 1
