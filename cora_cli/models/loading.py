@@ -112,7 +112,7 @@ def load_model(
     model.require_unchanged()
     if quantized:
         check_left_out(loaded, model, checkpoint.types)
-        settle_quantized(loaded, model.reference, dtype)
+        settle_quantized(loaded, model.reference, dtype, checkpoint)
     if quantized and device.type == "cpu" and is_held_quantized(loaded):
         check_four_bit(
             loaded,

@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from cora_cli.device import DTYPES
 from cora_cli.errors import CoraError, reason
-from cora_cli.models.checkpoint import Checkpoint
+from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.precision import UNSUPPORTED
 from cora_cli.progress import say
@@ -86,11 +86,18 @@ def cannot_be_converted(error: Exception) -> str | None:
 def check_compressed(model: ModelPath, checkpoint: Checkpoint) -> None:
     """Raise `CoraError` for weights of compressed-tensors of which transformers would make others as plain numbers.
 
-    It takes one scheme for all layers, and one for all experts, and of the experts' scales only `weight_scale`.
+    It takes one scheme for all layers, and one for all experts, and of the experts' scales only `weight_scale`. A weight without that is taken as it is.
     """
     stated = model.quantization() or {}
     if stated.get("quant_method") != "compressed-tensors":
         return
+    for name, kind in checkpoint.types.items():
+        scale = f"{name.removesuffix('_packed')}_scale"
+        scaled = name.endswith("weight_packed") or (name.endswith("weight") and kind.startswith(("float8", "int8", "I8")))
+        if scaled and scale not in checkpoint.shapes:
+            raise CoraError(
+                f"{model.reference}: its files hold {name} as {kind} without {scale}, so the weight would be another; use {PLAIN_COPY}"
+            )
     schemes: dict[bool, dict[str, str]] = {False: {}, True: {}}
     groups = stated.get("config_groups")
     for name, group in groups.items() if isinstance(groups, dict) else ():
@@ -142,11 +149,13 @@ def kind_stated(model: ModelPath) -> str | None:
 def ask_for_plain(config: Any) -> None:
     """Have transformers load weights of compressed-tensors as plain numbers, which its default would leave compressed until the first pass.
 
-    Until then such layers have no weight to adapt, or pass on no gradient.
+    Until then such layers have no weight to adapt, or pass on no gradient. An empty entry says nothing, and is removed; transformers refuses it.
     """
     for one in (config, getattr(config, "text_config", None)):
         stated = getattr(one, "quantization_config", None)
-        if isinstance(stated, dict) and stated.get("quant_method") == "compressed-tensors":
+        if one is not None and stated == {}:
+            del one.quantization_config
+        elif isinstance(stated, dict) and stated.get("quant_method") == "compressed-tensors":
             stated["dequantize"] = True
 
 
@@ -155,8 +164,9 @@ def is_held_quantized(model: Any) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def settle_quantized(model: Any, reference: str, dtype: torch.dtype | str) -> None:
-    """Let a model that was loaded quantised compute in `dtype`, and have a backward pass; or save plain weights where transformers made them so.
+def settle_quantized(model: Any, reference: str, dtype: torch.dtype | str, checkpoint: Checkpoint) -> None:
+    """Let a model that was loaded quantised compute in `dtype`, and have a backward pass; or save plain weights where transformers made them so of
+    those in `checkpoint`.
 
     Raises `CoraError` where bitsandbytes found no scales, so that its layers would multiply by numbers that are none, and where the weights multiply
     in another precision only.
@@ -169,7 +179,12 @@ def settle_quantized(model: Any, reference: str, dtype: torch.dtype | str) -> No
         for name, parameter in model.named_parameters():
             if isinstance(dtype, torch.dtype) and not any(part in name.split(".") for part in kept):
                 parameter.data = parameter.data.to(dtype)
-        say(f"{reference} is stored quantised; its weights are used, and written, as plain numbers")
+        if set(checkpoint.types.values()) <= PLAIN_TYPES:
+            say(
+                f"config.json of {reference} has a quantization_config, but its files hold plain weights, which are used as they are"
+            )
+        else:
+            say(f"{reference} is stored quantised; its weights are used, and written, as plain numbers")
         return
     if isinstance(dtype, torch.dtype):
         _check_precision(model, reference, dtype)

@@ -236,6 +236,12 @@ def of_group(bits: int, *targets: str, **others: Any) -> dict[str, Any]:
             "weight_global_scale, which",
         ),
         ({"a": of_group(4, "Linear")}, "model.layers.0.mlp.experts.0.up_proj.weight_zero_point", "weight_zero_point, which"),
+        ({"a": of_group(4, "Linear")}, "model.layers.0.mlp.up_proj.weight_packed", r"as I32 without .*up_proj\.weight_scale"),
+        (
+            {"a": of_group(8, "Linear")},
+            "model.layers.0.self_attn.other.weight",
+            r"as float8_e4m3fn without .*other\.weight_scale",
+        ),
     ],
 )
 def test_weights_of_compressed_tensors_of_which_transformers_makes_others_are_refused(
@@ -244,7 +250,13 @@ def test_weights_of_compressed_tensors_of_which_transformers_makes_others_are_re
     model = shutil.copytree(tiny_model, tmp_path / "model")
     state(model, {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups})
     if extra is not None:
-        save_file({**load_file(model / "model.safetensors"), extra: torch.ones(1)}, model / "model.safetensors")
+        save_file(
+            {
+                **load_file(model / "model.safetensors"),
+                extra: torch.ones(2, 2).to(torch.int32 if "packed" in extra else torch.float8_e4m3fn),
+            },
+            model / "model.safetensors",
+        )
     with pytest.raises(CoraError, match=said):
         load_model(resolve_model(str(model)), torch.float32, torch.device("cpu"), None)
 
@@ -270,6 +282,23 @@ def test_the_report_that_transformers_logs_of_failed_conversions_is_not_referred
     said = "We encountered some issues during automatic conversion of the weights. For details look at the `CONVERSION` entries of the above report!"
     assert "if they are quantised, use a copy" in str(cannot_be_converted(RuntimeError(said)))
     assert cannot_be_converted(RuntimeError("other")) is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"), [({}, ""), ({"quant_method": "fp8"}, "has a quantization_config, but its files hold plain weights")]
+)
+def test_a_quantization_that_the_files_do_not_have_changes_nothing(
+    entry: dict[str, Any], said: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    state(model, entry)
+    loaded, plain = (
+        load_model(resolve_model(str(one)), torch.float32, torch.device("cpu"), None) for one in (model, tiny_model)
+    )
+    assert all(map(torch.equal, loaded.state_dict().values(), plain.state_dict().values()))
+    told = " ".join(capsys.readouterr().err.split())
+    assert said in told
+    assert "is stored quantised" not in told
 
 
 class Quantised(torch.Tensor):
