@@ -31,7 +31,7 @@ from cora_cli import hashing, writing
 from cora_cli.errors import CoraError
 from cora_cli.inspection.rank_correlation import ENOUGH, LEAST, Correlation, Stratum, correlate
 from cora_cli.methods.registry import method_of
-from cora_cli.render.canvas import Palette, render, write_plots
+from cora_cli.render.canvas import Palette, plot_files, render
 from cora_cli.render.markdown_table import markdown_table
 from cora_cli.reporting.collect import collect
 from cora_cli.reporting.measures import LOSS
@@ -226,7 +226,9 @@ def plot(result: Mapping[str, Any], directory: Path) -> None:
         figure.axes[0].set_ylabel("rank in held-out loss")
         figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
-    write_plots([render("prediction", "Measures before training and the loss after it", "", draw, (11.0, 3.0))], directory)
+    writing.write_together(
+        plot_files([render("prediction", "Measures before training and the loss after it", "", draw, (11.0, 3.0))], directory)
+    )
 
 
 def main() -> None:

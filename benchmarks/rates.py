@@ -25,7 +25,7 @@ from cora_cli.inspection.prediction import spearman
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import say
 from cora_cli.records import read_probe
-from cora_cli.render.canvas import INK, PALETTE, render, write_plots
+from cora_cli.render.canvas import INK, PALETTE, plot_files, render
 from cora_cli.render.markdown_table import markdown_table
 from cora_cli.reporting.report_rows import read_plan
 from cora_cli.rundir import RunDirectory
@@ -186,7 +186,7 @@ def plot(result: Mapping[str, Any], directory: Path) -> None:
         axes.set_ylabel("best learning rate of the sweep")
         axes.legend(loc="lower left")
 
-    write_plots([render("rates", "Best learning rate and curvature", "", draw, (6.0, 3.6))], directory)
+    writing.write_together(plot_files([render("rates", "Best learning rate and curvature", "", draw, (6.0, 3.6))], directory))
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import os
 import resource
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -226,6 +226,20 @@ def write_text(path: Path, text: str) -> None:
         file.write(utf8(text))
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_together(contents: Mapping[Path, str | bytes]) -> None:
+    """Write files of which, on a full disk, all or none are new; the first takes its place first.
+
+    Raises `CoraError` as `atomic_path` does.
+    """
+    with contextlib.ExitStack() as all_written:
+        for path, content in reversed([*contents.items()]):
+            temporary = all_written.enter_context(atomic_path(path))
+            with temporary.open("wb") as file:
+                file.write(content if isinstance(content, bytes) else utf8(content).encode())
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -168,6 +168,27 @@ def test_a_file_that_cannot_be_completed_gives_one_sentence_and_keeps_the_old_fi
     assert target.read_text() == "old"
 
 
+@pytest.mark.parametrize("large", ["first", "last"])
+def test_of_files_that_belong_together_all_are_new_or_none(large, tmp_path):
+    for name in ("first", "last"):
+        (tmp_path / name).write_text("old")
+    contents = {name: b"x" * 100_000 if name == large else "new" for name in ("first", "last")}
+    call = f"write_together({{Path({str(tmp_path)!r}) / name: content for name, content in {contents!r}.items()}})"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FULL_DISK).format(call=call)], capture_output=True, text=True, check=True
+    )
+    assert (
+        done.stdout
+        == f"{TOO_LARGE}: {tmp_path / large} could not be written (File too large); no partial file was left behind\n"
+    )
+    assert names(tmp_path) == ["first", "last"]
+    assert [(tmp_path / name).read_text() for name in ("first", "last")] == ["old", "old"]
+    writing.write_together({tmp_path / name: content for name, content in contents.items()})
+    assert [len((tmp_path / name).read_bytes()) for name in ("first", "last")] == [
+        100_000 if name == large else 3 for name in ("first", "last")
+    ]
+
+
 @given(value=values)
 @repeatable
 def test_json_and_its_lines_come_back(value, tmp_path_factory):

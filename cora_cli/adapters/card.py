@@ -79,7 +79,7 @@ def card(
     found = ModelPath(str(directory), directory, None)
     parts = [
         _metadata(found, record),
-        f"# {_title(found, record)}",
+        f"# {_plain(_title(found, record))}",
         _facts(found, record),
         "## Data\n\n" + _data(record),
         "## Losses\n\n" + "\n\n".join([_losses(record), *notes]),

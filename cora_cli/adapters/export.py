@@ -76,9 +76,9 @@ def export_adapter(
     names = names_of(model, Checkpoint(adapter).shapes)
     stored = renamed(Checkpoint(adapter).shapes, names)
     wrapped = load_adapter(model, adapter, basis_path, rank=rank, base=base)
-    config, state = _as_lora(wrapped, adapter, before, stored)
+    config, state, scaling = _as_lora(wrapped, adapter, before, stored)
     if split := split_parts(model):
-        config, state = _on_fused(config, state, wrapped, split, adapter)
+        config, state = _on_fused(state, scaling, wrapped, split, adapter)
     if names and (base.config().get("architectures") or [type(model).__name__])[0] != type(model).__name__:
         config, state = _by_stored_names(config, state, names, adapter, wrapped)
     config.base_model_name_or_path = base.reference.partition("@")[0] if base.revision else location(base.reference)
@@ -104,8 +104,11 @@ def export_adapter(
 
 def _as_lora(
     wrapped: PeftModel, adapter: ModelPath, before: Mapping[str, torch.Tensor], stored: Collection[str]
-) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The configuration and the tensors of the LoRA; `before` has the weights that PEFT has changed to load the adapter, `stored` the keys of its files."""
+) -> tuple[Any, dict[str, torch.Tensor], dict[str, float]]:
+    """The configuration and the tensors of the LoRA, and the scale of each layer that is not within its tensors.
+
+    `before` has the weights that PEFT has changed to load the adapter, `stored` the keys of its files.
+    """
     config: Any = wrapped.peft_config[ADAPTER]
     facts = read_facts(adapter.path)
     ours = method_of(facts.plan.mode).lora_rank if facts is not None else AS_THE_FILE_SAYS
@@ -121,8 +124,8 @@ def _as_lora(
         config = copy.copy(config)
         # The factors of a parameter, such as fused experts, are those of all its matrices, and no LoRA of a layer.
         if not config.target_parameters and (before or config.rank_pattern or config.alpha_pattern):
-            return config, _with_one_scale(wrapped, config, state, before)
-        return config, state
+            return config, _with_one_scale(wrapped, config, state, before), {}
+        return config, state, {name: layer.scaling[ADAPTER] for name, layer in lora_layers(wrapped)}
     if why := no_change_of_weights(wrapped):
         raise CoraError(
             f"adapter {adapter.reference} cannot be exported: {why}; `cora evaluate`, on transformers, evaluates it as it is"
@@ -152,7 +155,7 @@ def _as_lora(
     transposed = any(stores_transposed(layer) for _, layer in layers)
     targets = copy.copy(config.target_modules)
     state |= _complete(wrapped, stored)
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed), state
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed), state, {}
 
 
 def _by_stored_names(
@@ -233,13 +236,17 @@ def _factors(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _on_fused(
-    config: Any, state: dict[str, torch.Tensor], wrapped: PeftModel, split: dict[str, SplitProjection], adapter: ModelPath
+    state: dict[str, torch.Tensor],
+    scaling: Mapping[str, float],
+    wrapped: PeftModel,
+    split: dict[str, SplitProjection],
+    adapter: ModelPath,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The same LoRA for a model whose fused projections are not split: B of each view in its rows, the A of all views one below the other.
+    """The same LoRA for a model whose fused projections are not split: B of each view in its rows, times its scale, the A of all views one below the
+    other.
 
     Raises `CoraError` for an adapter that holds more than A and B.
     """
-    scaling = {name: layer.scaling[ADAPTER] for name, layer in lora_layers(wrapped)}
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     ends = ("base_model.model.", ".lora_A.weight", ".lora_B.weight")
     names = [key.removeprefix(ends[0]).removesuffix(ends[1]) for key in state if key.endswith(ends[1])]

@@ -19,7 +19,8 @@ from cora_cli.inspection.inspect import Inspection
 from cora_cli.inspection.inspection_document import build_document
 from cora_cli.inspection.sharing_verdict import RULE
 from cora_cli.progress import say
-from cora_cli.render.canvas import Figure, write_plots
+from cora_cli.records import sealed
+from cora_cli.render.canvas import Figure, plot_files
 from cora_cli.render.html import page
 from cora_cli.render.text import markdown, terminal
 
@@ -46,9 +47,8 @@ def report(inspection: Inspection, format: str, output_dir: Path | None, width: 
         "html": lambda: page([complete], "cora inspect", __version__),
     }
     if output_dir is not None:
-        for name, write in writers.items():
-            writing.write_text(output_dir / FILES[name], write())
-        write_plots(figures, output_dir / "plots")
+        texts = {output_dir / FILES[name]: write() for name, write in writers.items()}
+        writing.write_together(texts | plot_files(figures, output_dir / "plots"))
         say(f"{output_dir}: {', '.join(FILES.values())} and {len(figures)} plots")
     return terminal(short, width) if format == "terminal" else writers[format]()
 
@@ -84,4 +84,4 @@ def to_json(inspection: Inspection) -> str:
         "bytes_read": inspection.bytes_read,
         "seconds": inspection.seconds,
     }
-    return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(sealed(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

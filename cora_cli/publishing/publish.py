@@ -19,7 +19,7 @@ from cora_cli.evaluation.shortcomings import KINDS
 from cora_cli.progress import say
 from cora_cli.publishing.verify import check_run
 from cora_cli.reading import read_json, read_text
-from cora_cli.records import Metrics, Report, read_run
+from cora_cli.records import Metrics, Report, read_run, read_sealed
 from cora_cli.reporting.collect import is_of_other_weights
 from cora_cli.rundir import RunDirectory, evaluations_in
 
@@ -152,7 +152,7 @@ def verdict_of(path: Path, record: Mapping[str, Any], scores: Mapping[str, Any])
     """The sentences of a `report.json` about the method of the run with this `run.json`, and the conditions under which they hold. Raises `CoraError` if
     there are none, or if they are about other scores than the run's `metrics.json`, which `scores` has by folder."""
     digest = record["result_sha256"]
-    for experiment in read_json(path, Report)["experiments"]:
+    for experiment in read_sealed(path, Report, remedy="; write it again with `cora report`")["experiments"]:
         for group in experiment["groups"]:
             line = next((line for line in group["lines"] if digest in line.get("results", [])), None)
             if line is None:

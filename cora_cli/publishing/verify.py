@@ -25,7 +25,7 @@ from cora_cli.models.references import resolve_model
 from cora_cli.models.trained_on import trained_on
 from cora_cli.reading import read_jsonl, read_text, read_yaml
 from cora_cli.reporting.collect import check_evaluated
-from cora_cli.reporting.measures import check_losses, read_evaluation
+from cora_cli.reporting.measures import check_losses, read_evaluation, read_log
 from cora_cli.rundir import EvaluationDirectory, RunDirectory, evaluations_in
 
 _SUM = re.compile(r"(?P<digest>[0-9a-f]{64})  (?P<name>.+)")
@@ -76,6 +76,7 @@ def check_run(run: RunDirectory) -> list[str]:
     if record["heldout"] is not None:
         check_losses(run, record)
         found.append(f"{run.heldout.name}: gives the recorded losses before and after training")
+    read_log(run, record)
     for own in evaluations_in(run):
         _check_evaluation(own)
     _check_origin(run)

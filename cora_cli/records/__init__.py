@@ -77,7 +77,7 @@ from cora_cli.records.runs import (
     template_date,
     write_run,
 )
-from cora_cli.records.sealed import read_sealed, write_sealed
+from cora_cli.records.sealed import read_sealed, sealed, write_sealed
 
 __all__ = [
     "PLAN",
@@ -152,6 +152,7 @@ __all__ = [
     "read_probe",
     "read_run",
     "read_sealed",
+    "sealed",
     "template_date",
     "unread_entries",
     "write_run",

@@ -225,6 +225,7 @@ class FinishedRun(Run):
     peak_memory_bytes: int
     heldout: HeldOut | None
     heldout_sha256: NotRequired[str]
+    log_sha256: NotRequired[str]
     largest_angle_rad: float | None
     is_base_model: bool
     validation: NotRequired[Loss | None]

@@ -14,8 +14,13 @@ _HASH = "sha256"
 
 def write_sealed(path: Path, record: Mapping[str, Any]) -> None:
     """Write `record` with the hash of its contents."""
+    writing.write_json(path, sealed(record))
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` with the hash of its contents."""
     as_read = json.loads(json.dumps(record))  # where every key is text
-    writing.write_json(path, {**record, _HASH: hashing.sha256_json(as_read)})
+    return {**record, _HASH: hashing.sha256_json(as_read)}
 
 
 def read_sealed(path: Path, shape: Any = dict[str, Any], *, remedy: str = "; restore it") -> dict[str, Any]:

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cora_cli import writing
-
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#666666")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 INK = "#222222"
@@ -102,12 +100,10 @@ def render(name: str, heading: str, caption: str, draw: Callable[[Any], None], s
     return Figure(name, heading, caption, _inline(svg.getvalue(), name), png.getvalue())
 
 
-def write_plots(figures: Sequence[Figure], directory: Path) -> None:
-    """Write every figure to `directory` as SVG and PNG."""
-    for figure in figures:
-        writing.write_text(directory / f"{figure.name}.svg", figure.svg + "\n")
-        with writing.atomic_path(directory / f"{figure.name}.png") as temporary:
-            temporary.write_bytes(figure.png)
+def plot_files(figures: Sequence[Figure], directory: Path) -> dict[Path, str | bytes]:
+    """The files of every figure in `directory`, as SVG and PNG."""
+    svg: dict[Path, str | bytes] = {directory / f"{figure.name}.svg": figure.svg + "\n" for figure in figures}
+    return svg | {directory / f"{figure.name}.png": figure.png for figure in figures}
 
 
 def _inline(svg: str, name: str) -> str:

@@ -12,9 +12,8 @@ from cora_cli import hashing, records, writing
 from cora_cli.errors import CoraError
 from cora_cli.models.model_path import ModelPath
 from cora_cli.progress import progress, say
-from cora_cli.reading import read_jsonl
 from cora_cli.reporting.comparable import check_comparable
-from cora_cli.reporting.measures import LOSS, Measure, read_counts, read_evaluation, read_loss
+from cora_cli.reporting.measures import LOSS, Measure, read_counts, read_evaluation, read_log, read_loss
 from cora_cli.reporting.report_rows import Experiment, Row, StepRecords, clean
 from cora_cli.reporting.results import Collection, Judged, Missing, Result
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
@@ -143,6 +142,15 @@ def _each_once(rows: tuple[Row, ...]) -> list[Row]:
     return kept
 
 
+def _read_log(run: RunDirectory, record: dict[str, Any], row: Row, missing: list[Missing]) -> list[dict[str, Any]]:
+    """The lines of a run's log; where they cannot be used, none, and the curve is added to `missing`."""
+    try:
+        return read_log(run, record)
+    except CoraError as error:
+        missing.append(Missing(row, "loss curve", str(error)))
+        return []
+
+
 def _read_row(
     row: Row, wanted: tuple[str, ...] | None, step_records: StepRecords | None, logs: Sequence[Path]
 ) -> tuple[Result, list[Missing]]:
@@ -165,7 +173,7 @@ def _read_row(
         record = _finished_record(run, row, logs, step_records)
         if step_records:
             step_records.require(run.root)
-        log = read_jsonl(run.log, records.LogLine) if run.log.exists() else []
+        log = _read_log(run, record, row, missing)
         trained = 0 if record["is_base_model"] else record["parameters"]["trained"]
         adapter_bytes = _adapter_bytes(run)
         if "laplace" in record:

@@ -68,6 +68,16 @@ def read_loss(run: RunDirectory, record: dict[str, Any], when: str, thorough: bo
     return Measure(value, _interval(summary["ci95"], len(lines)), len(lines), "nats per response token", statistics)
 
 
+def read_log(run: RunDirectory, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of a finished run's `log.jsonl`; none where it was left out. Raises `CoraError` if it was changed since."""
+    if not run.log.exists():
+        return []
+    # Earlier versions recorded no hash.
+    if record.get("log_sha256") not in (None, hashing.sha256_file(run.log)):
+        raise CoraError(f"{run.log} was changed after the training wrote it; restore it")
+    return read_jsonl(run.log, records.LogLine)
+
+
 def check_losses(run: RunDirectory, record: dict[str, Any]) -> None:
     """Raise `CoraError` unless the losses, their intervals and their change in `record` are those of the single records."""
     for when in ("before", "after"):

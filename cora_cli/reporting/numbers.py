@@ -26,6 +26,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from cora_cli.records import sealed
 from cora_cli.reporting.comparison import Comparison
 from cora_cli.reporting.judge_section import papers_scores
 from cora_cli.reporting.methods_section import methods_paragraphs
@@ -92,7 +93,7 @@ def to_csv(summaries: Sequence[Summary]) -> str:
 def to_json(summaries: Sequence[Summary]) -> str:
     """The complete report as JSON; the module docstring describes the keys."""
     report = {"format_version": FORMAT_VERSION, "experiments": [_experiment(summary) for summary in summaries]}
-    return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(sealed(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _csv_rows(experiment: str, group: Group, line: Line) -> list[dict[str, Any]]:

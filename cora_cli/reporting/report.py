@@ -11,7 +11,7 @@ from pathlib import Path
 from cora_cli import __version__, writing
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
-from cora_cli.render.canvas import Figure, write_plots
+from cora_cli.render.canvas import Figure, plot_files
 from cora_cli.render.document import Block
 from cora_cli.render.html import page
 from cora_cli.render.latex import latex
@@ -58,9 +58,9 @@ class Composed:
     def write(self, output_dir: Path) -> None:
         """Write all formats and the plots. Raises `CoraError` as `writing.refuse_foreign` does."""
         writing.refuse_foreign(output_dir, FILES.values(), FILES["json"])
-        for name in sorted(self.texts, key=lambda name: name != "json"):
-            writing.write_text(output_dir / FILES[name], self.texts[name]())
-        write_plots(self.figures, output_dir / "plots")
+        names = sorted(self.texts, key=lambda name: name != "json")
+        texts = {output_dir / FILES[name]: self.texts[name]() for name in names}
+        writing.write_together(texts | plot_files(self.figures, output_dir / "plots"))
 
 
 def report(

@@ -139,6 +139,8 @@ def _write_end(run: RunDirectory, outcome: dict[str, Any]) -> None:
     if "finished" in outcome:
         files = run.result_files()
         record |= {"status": FINISHED, "result_files": files, "result_sha256": hashing.sha256_json(files)}
+        if run.log.exists():  # which a run without steps does not write
+            record["log_sha256"] = hashing.sha256_file(run.log)
         write_card(run.result, record)
     write_run(run, record)
 

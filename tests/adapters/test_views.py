@@ -64,10 +64,10 @@ def basis_of(base: Path, directory: Path) -> Basis:
 
 
 def trained(
-    base: Path, mode: str, directory: Path, targets: tuple[str, ...] = VIEWS, compact: bool = False
+    base: Path, mode: str, directory: Path, targets: tuple[str, ...] = VIEWS, compact: bool = False, **own: object
 ) -> tuple[ModelPath, torch.Tensor, list[float]]:
     """An adapter after six steps of Adam, the logits with it, and the losses."""
-    plan = plan_of(mode, **SETTINGS, target_modules=targets, has_basis=mode == "fb")
+    plan = plan_of(mode, **SETTINGS, target_modules=targets, has_basis=mode == "fb", **own)
     basis = basis_of(base, directory) if mode == "fb" else None
     wrapped = install_adapter(load(base), plan, basis)
     optimizer = torch.optim.Adam([one for one in wrapped.parameters() if one.requires_grad], lr=0.02)
@@ -210,6 +210,24 @@ def test_a_method_without_a_lora_form_of_its_own_is_exported_on_the_fused_projec
     export_adapter(adapter, tmp_path / "exported")
     found = logits(PeftModel.from_pretrained(load(saved("gpt_neox")), tmp_path / "exported"))
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank_pattern": {"v_proj": 2}},
+        {"alpha_pattern": {"v_proj": 9}},
+        {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 9}, "use_rslora": True},
+    ],
+)
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+def test_each_view_is_exported_with_its_own_scale_once(family, settings, saved, tmp_path):
+    own = {"peft_type": "LORA", "r": RANK, "lora_alpha": 6, **settings}
+    adapter, expected, _ = trained(saved(family), "peft", tmp_path, peft=own)
+    export_adapter(adapter, tmp_path / "exported")
+    assert close(logits(PeftModel.from_pretrained(load(saved(family)), tmp_path / "exported")), expected)
+    merge_views(adapter, tmp_path / "merged")
+    assert close(logits(load(tmp_path / "merged")), expected)
 
 
 def test_models_to_start_from_may_have_changed_the_projection_as_one(saved, tmp_path, capsys):

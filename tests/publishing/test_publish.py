@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from cora_cli.models.trained_on import trained_on
 from cora_cli.publishing.publish import files_of
 from cora_cli.publishing.verify import verify
 from cora_cli.reading import read_json, read_jsonl
+from cora_cli.records import write_sealed
 from cora_cli.reporting.report import report
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.run import train
@@ -269,7 +271,7 @@ def test_a_run_at_a_learning_rate_that_was_not_chosen_has_no_verdict(finished: P
     told = json.loads(report([str(finished)], "json"))
     (line,) = [line for line in told["experiments"][0]["groups"][0]["lines"] if line["rows"] == [str(finished)]]
     line["chosen"] = False
-    (tmp_path / "report.json").write_text(json.dumps(told), encoding="utf-8")
+    write_sealed(tmp_path / "report.json", {key: value for key, value in told.items() if key != "sha256"})
     with pytest.raises(CoraError, match=f"on {line['method']} is about runs at another learning rate than this run's"):
         files_of(RunDirectory(finished), "org/name", report=tmp_path / "report.json")
 
@@ -285,11 +287,19 @@ def test_a_verdict_about_other_scores_than_those_of_the_run_is_refused(run: Path
     files_of(RunDirectory(run), "org/name", with_records=False, report=tmp_path / "report.json")
 
 
+def verdict_of_edited(told: dict[str, Any], run: Path, directory: Path) -> None:
+    (directory / "report.json").write_text(json.dumps(told), encoding="utf-8")
+    files_of(RunDirectory(run), "org/name", report=directory / "report.json")
+
+
 def test_the_verdict_of_a_report_on_the_run_goes_into_the_card(finished: Path, run: Path, tmp_path: Path) -> None:
-    text = report([str(finished)], "json").replace('"conditions": []', '"conditions": ["Seeds were added."]')
-    (tmp_path / "report.json").write_text(text, encoding="utf-8")
+    told = json.loads(report([str(finished)], "json"))
+    told["experiments"][0]["conditions"] = ["Seeds were added."]
+    with pytest.raises(CoraError, match=r"report.json was changed after it was written; write it again with `cora report`"):
+        verdict_of_edited(told, finished, tmp_path)
+    write_sealed(tmp_path / "report.json", {key: value for key, value in told.items() if key != "sha256"})
     card = files_of(RunDirectory(finished), "org/name", report=tmp_path / "report.json")["README.md"].decode()
-    headline = json.loads(text)["experiments"][0]["groups"][0]["verdict"]["headline"]
+    headline = told["experiments"][0]["groups"][0]["verdict"]["headline"]
     section = card.partition("## Verdict\n\n")[2]
     assert section.replace("\\", "").startswith(headline)
     assert "\n\nSeeds were added.\n\n## How" in section

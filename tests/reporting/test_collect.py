@@ -248,6 +248,17 @@ def test_damage_is_one_sentence_that_names_the_place_and_spares_the_others(grid,
     assert len([result for result in found if result.row.name != name]) == 6
 
 
+def test_a_log_that_was_edited_costs_the_curve_and_no_number(grid):
+    run = first_run(grid)
+    record = json.loads(run.record.read_text())
+    write_sealed(run.record, {key: value for key, value in record.items() if key != "sha256"} | {"log_sha256": "0" * 64})
+    found = collect(read_plan(grid))
+    (missing,) = found.missing
+    assert (missing.row.name, missing.part) == (run.root.name, "loss curve")
+    assert "log.jsonl was changed after the training wrote it" in missing.reason
+    assert next(result for result in found.results if result.row.name == run.root.name).log == []
+
+
 def test_rows_that_were_measured_in_two_ways_are_refused(grid):
     path = first_run(grid).root / "evaluation" / "metrics.json"
     path.write_text(path.read_text().replace("smooth:exp", "smooth:floor"))
