@@ -28,6 +28,7 @@ from cora_cli.models.quantized import (
     check_float8,
     check_four_bit,
     check_left_out,
+    check_scales_applied,
     is_dequantized,
     is_held_quantized,
     settle_quantized,
@@ -208,6 +209,8 @@ def _check_complete(model: ModelPath, checkpoint: Checkpoint, loaded: Any, repor
         raise CoraError(f"{model.reference}: {surplus_fault(surplus)}")
     if missing:
         raise _incomplete(model, missing, unused)
+    if quantized and not is_held_quantized(loaded):
+        check_scales_applied(model, checkpoint, unused)
     beside = [] if quantized else [(name, layer) for name in unused if (layer := layer_of(loaded, name)) is not None]
     if beside:
         raise CoraError(
@@ -223,9 +226,12 @@ def _check_complete(model: ModelPath, checkpoint: Checkpoint, loaded: Any, repor
 def check_names(model: ModelPath, skeleton: Any) -> None:
     """Raise `CoraError` where the files of a model lack weights of `skeleton`, as `load_model` does; reads their headers only.
 
-    Quantised weights are not checked, since the names of their parts are those of another library.
+    The names of quantised weights are not checked, since those of their parts are of another library.
     """
-    if not model.has_weights or is_dequantized(model):
+    if not model.has_weights:
+        return
+    if is_dequantized(model):
+        _check_types(model, Checkpoint(model))
         return
     built, keys = Skeleton(skeleton), Checkpoint(model).shapes
     if missing := built.missing(keys):

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,6 +16,7 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.precision import UNSUPPORTED
+from cora_cli.models.skeleton import ONE_EXPERT
 from cora_cli.progress import say
 
 PLAIN_COPY = "a copy of the model with weights in bf16, fp16 or fp32"
@@ -55,6 +56,21 @@ def check_float8(model: ModelPath, checkpoint: Checkpoint) -> None:
             raise CoraError(
                 f"{model.reference}: its files hold {name} in float8 without {name}_scale_inv, or another scale that transformers reads for fp8, so the "
                 f"weight would be another; use {PLAIN_COPY}"
+            )
+
+
+_OF_A_WEIGHT = re.compile(r"(?P<weight>.+?)(_packed)?_(scale_inv|scale|scale_2|global_scale|zero_point)$")
+
+
+def check_scales_applied(model: ModelPath, checkpoint: Checkpoint, unused: Collection[str]) -> None:
+    """Raise `CoraError` for a weight of which transformers made plain numbers without one of its scales, which is among the `unused` tensors."""
+    for scale in sorted(unused):
+        found = _OF_A_WEIGHT.match(scale)
+        held = [name for name in (found["weight"], f"{found['weight']}_packed") if name in checkpoint.types] if found else []
+        if held and held[0] not in unused and checkpoint.types[held[0]] not in PLAIN_TYPES:
+            raise CoraError(
+                f"{model.reference}: its files hold {held[0]} as {checkpoint.types[held[0]]} with {scale}, which transformers did not apply as it made plain "
+                f"numbers of the weight; use {PLAIN_COPY}"
             )
 
 
@@ -212,7 +228,18 @@ def settle_quantized(model: Any, reference: str, dtype: torch.dtype | str, check
 
 
 def check_left_out(loaded: Any, model: ModelPath, types: Mapping[str, str]) -> None:
-    """Raise `CoraError` for a layer that bitsandbytes is to leave as it is, but that the files hold quantised. `types` are those in the files."""
+    """Raise `CoraError` for a layer that bitsandbytes is to leave as it is, but that the files hold quantised, and for single experts that it holds so,
+    which the loaded model joins. `types` are those in the files.
+    """
+    if (model.quantization() or {}).get("quant_method") == "bitsandbytes":
+        known = {name for name, _ in loaded.named_modules()}
+        single = [name for name in sorted(types) if ONE_EXPERT.search(name) and types[name] in ("int8", "uint8", "I8", "U8")]
+        apart = [name for name in single if name.endswith(".weight") and name.removesuffix(".weight") not in known]
+        if apart:
+            raise CoraError(
+                f"{model.reference}: its files hold {apart[0]} quantised by bitsandbytes, of a single expert, which transformers joins with the others by now, "
+                f"and so does not read; use {PLAIN_COPY}"
+            )
     if not (skipped := (model.quantization() or {}).get("llm_int8_skip_modules")):
         return
     for name, module in loaded.named_modules():

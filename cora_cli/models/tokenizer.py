@@ -34,7 +34,7 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
         if file.suffix == ".jinja" or not (model.path / "tokenizer.json").exists():
             refuse_pointer(file)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code, mistral_format=False)
         tokenizer("")  # some of its settings are read only now; no letter, since it may know none but those of DNA
     except Exception as error:  # unrelated types, as in `load_model`
         for file in model.tokenizer_files():

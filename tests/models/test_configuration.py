@@ -22,6 +22,7 @@ from transformers import (
     RwkvForCausalLM,
     WhisperConfig,
 )
+from transformers.models.auto import tokenization_auto
 from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 
 from cora_cli.errors import CoraError
@@ -254,6 +255,21 @@ def test_special_tokens_that_two_files_state_differently_are_named(tiny_model: P
     assert capfd.readouterr().err.count("eos_token is") == 1 or own["eos_token"] == "<|endoftext|>"
     load_tokenizer(ModelPath(str(directory), directory, None))
     assert said in capfd.readouterr().err
+
+
+def test_a_tokenizer_of_the_package_of_mistral_is_not_taken_in_place_of_that_of_the_files(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers does so where the package is installed and the folder holds a tekken.json; it has no chat template, and no ids of added tokens."""
+    monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")
+    monkeypatch.setattr(
+        tokenization_auto, "_use_mistral_format", lambda *_, mistral_format=None, **__: mistral_format is not False
+    )
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    found, expected = (load_tokenizer(ModelPath(str(place), place, None)) for place in (directory, tiny_model))
+    assert found("a text").input_ids == expected("a text").input_ids
 
 
 def test_a_chat_template_with_a_byte_order_mark_is_refused(tiny_model, tmp_path):

@@ -14,10 +14,11 @@ from cora_cli.adapters.merge import merge_adapter
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.loading import load_model
-from cora_cli.models.quantized import ask_for_plain, cannot_be_converted, check_compressed
+from cora_cli.models.quantized import ask_for_plain, cannot_be_converted, check_compressed, check_left_out
 from cora_cli.models.references import resolve_model
 from cora_cli.training.run import train
 from tests.conftest import make_model
+from tests.training.families import build
 from tests.training.helpers import config_for
 
 BLOCK = 32
@@ -210,6 +211,32 @@ def test_weights_of_compressed_tensors_are_asked_for_as_plain_numbers_also_in_a_
     other = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
     ask_for_plain(other)
     assert "dequantize" not in other.quantization_config
+
+
+def test_fused_experts_in_float8_are_refused_where_transformers_leaves_out_their_scales(tmp_path: Path) -> None:
+    base = tmp_path / "model"
+    AutoModelForCausalLM.from_config(build("qwen3_moe")).save_pretrained(base, save_original_format=False)
+    tensors = load_file(base / "model.safetensors")
+    fused = [name for name in tensors if name.endswith("experts.down_proj")]
+    assert fused
+    for name in fused:
+        tensors |= {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(len(tensors[name]), 1, 1)}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    state(base, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]})
+    with pytest.raises(
+        CoraError, match=r"experts\.down_proj as float8_e4m3fn with .*down_proj_scale_inv, which transformers did not apply"
+    ):
+        load_model(resolve_model(str(base)), torch.float32, torch.device("cpu"), None)
+
+
+def test_single_experts_that_bitsandbytes_holds_are_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    state(model, {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    expert = "model.layers.0.mlp.experts.0.up_proj"
+    loaded = torch.nn.ModuleDict({"model": torch.nn.Linear(2, 2)})
+    with pytest.raises(CoraError, match=rf"hold {expert}.weight quantised by bitsandbytes, of a single expert"):
+        check_left_out(loaded, resolve_model(str(model)), {f"{expert}.weight": "U8"})
+    check_left_out(loaded, resolve_model(str(model)), {f"{expert}.weight": "BF16", "model.weight": "U8"})
 
 
 def of_group(bits: int, *targets: str, **others: Any) -> dict[str, Any]:
