@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -26,7 +27,7 @@ from cora_cli.adapters.names import names_of, renamed
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.rows import embedding_rows, say_tokens_without_rows
 from cora_cli.adapters.storage import PREFIX, WEIGHTS_FILE, order_names, plain_factors
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, reason
 from cora_cli.methods.method import AS_THE_FILE_SAYS
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, factors_of, linear_weight, lora_layers, stores_transposed
 from cora_cli.methods.registry import method_of
@@ -155,7 +156,13 @@ def _as_lora(
     transposed = any(stores_transposed(layer) for _, layer in layers)
     targets = copy.copy(config.target_modules)
     state |= _complete(wrapped, stored)
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed), state, {}
+    made = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed)
+    try:
+        for name, _ in layers:
+            _check_lora_target_modules_mamba(made, wrapped.get_base_model(), name.rpartition(".")[2])
+    except ValueError as error:
+        raise CoraError(f"{none} that PEFT takes: {reason(error)}; {_instead(wrapped, adapter)}") from error
+    return made, state, {}
 
 
 def _by_stored_names(

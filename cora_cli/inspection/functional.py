@@ -6,7 +6,7 @@ place, `own_data` finds the records, and the losses are those of `training.heldo
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -39,7 +39,7 @@ from cora_cli.inspection.replacements import (
 from cora_cli.intervals import Interval, has_ratio, paired_difference, ratio_interval
 from cora_cli.methods.parts.layers import linear_weight, transformers_model
 from cora_cli.methods.parts.starts import seeded
-from cora_cli.models.fused import SplitProjection, split_projections
+from cora_cli.models.fused import split_projections
 from cora_cli.models.loading import load_model
 from cora_cli.models.model_path import ModelPath
 from cora_cli.progress import progress, say
@@ -114,6 +114,20 @@ def measure_function(
     return [found[name] for name in data]
 
 
+def check_hosts(
+    names: Iterable[str], models: Mapping[str, WeightSource], base: WeightSource, target_modules: tuple[str, ...]
+) -> None:
+    """Raise `CoraError` for a model among `names` in which `measure_function` could not replace the weights that `target_modules` match."""
+    modules = base.targets(target_modules)
+    for name in names:
+        lacking = None if models[name].changes_only(modules, base) else models[name].held_otherwise(modules)
+        if lacking is not None:
+            raise CoraError(
+                f"{models[name].reference} adapts a fused projection as one, or its rows apart, and {lacking} is the other of the two; write it as a "
+                "complete model with `cora merge` and name that"
+            )
+
+
 class _Host:
     """The model at `path` with the weights of `base` in `modules`, ready to measure `examples`."""
 
@@ -136,12 +150,6 @@ class _Host:
         # Not PEFT's model, which wants an adapter's layer to be left where all are taken out below.
         inner = self.model = transformers_model(load_adapter(loaded, path, base=base_path) if path.is_adapter else loaded)
         split_projections(inner, target_modules)
-        known = dict(inner.named_modules())
-        if lacking := [module for module in modules if isinstance(known.get(module), SplitProjection | None)]:
-            raise CoraError(
-                f"{path.reference} adapts a fused projection as one, or its rows apart, and {lacking[0]} is the other of the two; write it as a complete "
-                "model with `cora merge` and name that"
-            )
         self._layers = {module: _plain_layer(inner, module) for module in modules}
         if path is not base_path:
             for module, layer in self._layers.items():

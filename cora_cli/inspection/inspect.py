@@ -18,7 +18,7 @@ from cora_cli.basis.artifact import Basis, differing_key, read_basis
 from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side
 from cora_cli.device import Hardware
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.inspection.functional import Function, measure_function
+from cora_cli.inspection.functional import Function, check_hosts, measure_function
 from cora_cli.inspection.group_measure import measure_groups
 from cora_cli.inspection.groups import Grouping, find_groups
 from cora_cli.inspection.measure import BASE, Directions, Findings, Kept, measure
@@ -106,6 +106,8 @@ def inspect(
         source.say_left_out(targets)
     _refuse_copies(models, targets)
     own_data = read_own_data(data, of_models, models, base_path, targets, limit) if data and base_path else {}
+    if base_source is not None:
+        check_hosts(own_data, models, base_source, targets)
     used = used_bases(runs) if runs else []
     for trained, sha256 in dict.fromkeys(one.model for one in used):
         if base_path is not None and sha256 not in base_path.content_hashes():

@@ -147,6 +147,10 @@ class WeightSource(abc.ABC):
         """Whether it is known that this model differs from `base` in nothing but the weights of `modules`."""
         return False
 
+    def held_otherwise(self, modules: Iterable[str]) -> str | None:
+        """The first of `modules` that is no layer of this model once it is loaded, since a fused projection is changed as another; None if all are."""
+        return None
+
 
 def open_source(model: ModelPath, base: WeightSource | None = None) -> WeightSource:
     """List the weight matrices of a model or of a LoRA adapter; reads headers only.
@@ -316,7 +320,13 @@ class AdapterSource(WeightSource):
 
     def changes_only(self, modules: Collection[str], base: WeightSource) -> bool:
         """See `WeightSource.changes_only`."""
-        return base is self.base and not self._own.biases and self._own.changed <= set(modules)
+        views = {f"{fused}.{part}" for fused in self._layouts if fused in modules for part in VIEWS}
+        whole = {fused for fused in self._layouts if all(f"{fused}.{part}" in modules for part in VIEWS)}
+        return base is self.base and not self._own.biases and self._own.changed <= {*modules, *views, *whole}
+
+    def held_otherwise(self, modules: Iterable[str]) -> str | None:
+        """The first of `modules` that this adapter changes as part of a fused projection, or in parts, and not as a layer of its own."""
+        return next((module for module in modules if self._own.changed & {*self._names(module)[1:]}), None)
 
     def content_hash(self, modules: Iterable[str]) -> str:
         """See `WeightSource.content_hash`; covers the adapter's tensors, their scale, and the base."""

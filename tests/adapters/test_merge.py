@@ -370,6 +370,14 @@ def test_an_adapter_on_weights_that_cannot_be_computed_again_is_refused(start, t
         merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
 
 
+def test_what_peft_would_not_load_as_a_lora_is_not_exported(tmp_path):
+    AutoModelForCausalLM.from_config(build("mamba")).save_pretrained(tmp_path / "base")
+    config = LoHaConfig(r=2, target_modules=["out_proj"], init_weights=False, base_model_name_or_path=str(tmp_path / "base"))
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CoraError, match=r"uses LOHA, which has no equivalent LoRA that PEFT takes: .*incompatible with Mamba"):
+        export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
+
+
 def test_a_start_that_replicated_layers_subtract_from_shared_weights_is_no_lora_on_the_base(tiny_model, tmp_path):
     foreign(tiny_model, tmp_path / "adapter", init_lora_weights="olora", layer_replication=[[0, 2], [1, 2]])
     with pytest.raises(CoraError, match=r"subtracts its start \(olora\) from weights that its replicated layers share"):

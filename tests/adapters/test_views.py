@@ -253,6 +253,21 @@ def test_models_to_start_from_may_have_changed_the_projection_as_one(saved, tmp_
         assert "also changes" not in capsys.readouterr().err
 
 
+def test_an_adapter_tells_whether_layers_hold_all_that_it_changes_and_which_it_has_in_another_form(saved, tmp_path):
+    base = open_source(resolve_model(str(saved("falcon"))))
+    fused = places(load(saved("falcon")), "falcon")
+    views = [f"{place}.{part}" for place in fused for part in VIEWS]
+    adapter, _, _ = trained(saved("falcon"), "lora", tmp_path)
+    export_adapter(adapter, tmp_path / "exported")
+    for path, otherwise in ((adapter.path, fused[0]), (tmp_path / "exported", views[0])):
+        source = open_source(resolve_model(str(path)), base)
+        assert source.changes_only(views, base)
+        assert source.changes_only(fused, base)
+        assert not source.changes_only(views[1:], base)
+        assert source.held_otherwise([fused[0], *views] if otherwise in fused else [views[0], *fused]) == otherwise
+        assert source.held_otherwise(views if otherwise in fused else fused) is None
+
+
 def test_the_hash_of_a_view_is_that_of_what_changes_it(saved, tmp_path):
     adapter, _, _ = trained(saved("gpt2"), "lora", tmp_path)
     place = "transformer.h.0.attn.c_attn"
