@@ -4,6 +4,7 @@ Unlike `merge` it writes no copy of the base model, and unlike the run's own ada
 """
 
 import copy
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,10 @@ def _as_lora(
     facts = read_facts(adapter.path)
     ours = method_of(facts.plan.mode).lora_rank if facts is not None else AS_THE_FILE_SAYS
     is_lora = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)  # which PEFT derives from it
-    if before and getattr(config, "layer_replication", None):
+    if before and (shared := _sharing(wrapped)):
         raise CoraError(
-            f"{adapter.reference} subtracts its start ({config.init_lora_weights}) from weights that its replicated layers share, so no LoRA on the base "
-            "is equivalent; `cora merge` writes it as a plain model"
+            f"{adapter.reference} subtracts its start ({config.init_lora_weights}) from the weight of {shared}, which other layers share, so no LoRA on "
+            "the base is equivalent; `cora merge` writes it as a plain model"
         )
     if ours is not None and is_lora and not config.use_dora:
         state = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
@@ -163,6 +164,13 @@ def _as_lora(
     except ValueError as error:
         raise CoraError(f"{none} that PEFT takes: {reason(error)}; {_instead(wrapped, adapter)}") from error
     return made, state, {}
+
+
+def _sharing(wrapped: PeftModel) -> str | None:
+    """The first layer with a LoRA whose weight is that of another layer, too, as a tied head's and those of replicated layers; None without one."""
+    weights = [weight for module in wrapped.modules() if (weight := module._parameters.get("weight")) is not None]
+    owners = Counter(map(id, weights))
+    return next((name for name, layer in lora_layers(wrapped) if owners[id(layer.get_base_layer().weight)] > 1), None)
 
 
 def _by_stored_names(

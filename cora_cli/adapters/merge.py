@@ -8,7 +8,9 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import TrainableTokensWrapper
 
 from cora_cli import writing
 from cora_cli.adapters.base import base_of, check_base, say_other_base
@@ -20,10 +22,12 @@ from cora_cli.data.templates import Template
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, linear_weight, lora_layers
 from cora_cli.models.checkpoint import is_finite
+from cora_cli.models.configuration import load_configuration
 from cora_cli.models.fused import join_projections
-from cora_cli.models.loading import has_own_head, load_model, save_model, stored_types, untie
+from cora_cli.models.loading import check_names, has_own_head, load_model, save_model, separate_head, stored_types
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
+from cora_cli.models.skeleton import build_skeleton
 from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
 from cora_cli.models.trained_on import carry_record, say_other_tokenizer, say_other_weights, trained_on
 from cora_cli.progress import say
@@ -97,11 +101,21 @@ def merge_adapter(
     _round(merged, stored, adapter)
     with writing.atomic_path(output, replace=False) as temporary:
         save_model(merged, base, temporary, trust_remote_code, ends=_ends(adapter, tokenizer))
+        _check_written(temporary, adapter, trust_remote_code)
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
         carry_record(temporary, adapter, base)
         carry_card(temporary, adapter, base, lost=lost)
     return layers
+
+
+def _check_written(directory: Path, adapter: ModelPath, trust_remote_code: bool) -> None:
+    """Raise `CoraError` where the files written lack weights that a model of their configuration needs, which it would draw at random."""
+    written = ModelPath(str(directory), directory, None)
+    try:
+        check_names(written, build_skeleton(load_configuration(written, trust_remote_code), trust_remote_code))
+    except CoraError as error:
+        raise CoraError(f"adapter {adapter.path} cannot be merged: what transformers writes of the merged {error}") from error
 
 
 def _ends(adapter: ModelPath, tokenizer: Any) -> set[int]:
@@ -150,6 +164,7 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
             f"the weights of its base are quantised, and merged ones would be rounded again; merge into {PLAIN_COPY} with --base",
         )
     _separate_shared_weights(wrapped)
+    _settle_heads(wrapped)
     try:
         merged: Any = wrapped.merge_and_unload(safe_merge=safe)
     except (ValueError, RuntimeError) as error:  # RuntimeError: such as a bias for a layer that has none
@@ -157,7 +172,7 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
             raise
         raise CannotMerge(adapter, reason(error)) from error
     if has_own_head(merged):
-        untie(merged.config)
+        separate_head(merged)
     return merged
 
 
@@ -196,6 +211,23 @@ def rounded_away(wrapped: PeftModel, stored: Mapping[str, torch.dtype] = NO_TYPE
         errors += (exact.to(kind).float() - exact).square().sum().item()
         changes += change.square().sum().item()
     return min(1.0, (errors / changes) ** 0.5) if changes else 0.0
+
+
+@torch.no_grad()
+def _settle_heads(wrapped: PeftModel) -> None:
+    """Prepare tied heads that get trained rows of tokens with the embedding for merging, so that they give what they give unmerged.
+
+    PEFT computes such a head without its bias. If a LoRA adapts it besides, PEFT would leave both unmerged.
+    """
+    layers: list[Any] = [layer for _, layer in adapted_layers(wrapped)]
+    for layer in layers:
+        head: Any = layer.get_base_layer()
+        if isinstance(layer, TrainableTokensLayer) and getattr(head, "bias", None) is not None:
+            head.bias = torch.nn.Parameter(torch.zeros_like(head.bias), requires_grad=False)
+    for layer in layers:
+        if isinstance(inner := getattr(layer, "base_layer", None), TrainableTokensWrapper):
+            inner.token_adapter.merge()
+            layer.base_layer = inner.token_adapter.base_layer
 
 
 def _separate_shared_weights(wrapped: PeftModel) -> None:

@@ -138,7 +138,7 @@ def load_model(
         finite(weight, model.reference, name)
     _say_zeros({name: weight for name, weight in plain.items() if weight.dim() > 1}, model.reference)
     if has_own_head(loaded):
-        untie(loaded.config)
+        separate_head(loaded)
     return loaded.eval()
 
 
@@ -160,6 +160,18 @@ def has_own_head(model: Any) -> bool:
     keeps apart."""
     head = model.get_output_embeddings()
     return head is not None and getattr(head, "weight", None) is not getattr(model.get_input_embeddings(), "weight", None)
+
+
+def separate_head(model: Any) -> None:
+    """Let a model with a head of its own be loaded so: its configuration ties none of its weights, such as the bias of BERT's head, so each is one."""
+    untie(model.config)
+    ends, taken = (model.get_input_embeddings(), model.get_output_embeddings()), set()
+    for module in model.modules():
+        for name, parameter in [*module._parameters.items()]:
+            if parameter is None or id(parameter) not in taken:
+                taken.add(id(parameter))
+            elif any(module is end for end in ends):
+                setattr(module, name, torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
 
 def untie(config: Any) -> None:

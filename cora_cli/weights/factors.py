@@ -54,7 +54,7 @@ class AdapterFactors:
     """The tensors of a LoRA adapter.
 
     `ranks` maps each updated module to its r, and `full` each replaced module to its (out, in). `hidden` holds the modules that
-    the adapter changes in other ways than W + s·B·A, `biases` the keys of trained biases, which are no part of any W. Raises `CoraError` if files are missing or damaged, or if the adapter's
+    the adapter changes in other ways than W + s·B·A, `of_tokens` those of them that get rows for single tokens, `biases` the keys of trained biases, which are no part of any W. Raises `CoraError` if files are missing or damaged, or if the adapter's
     weights cannot be computed from its factors alone.
     """
 
@@ -71,6 +71,7 @@ class AdapterFactors:
         self._out: dict[str, int] = {}
         self.full: dict[str, tuple[int, int]] = {}
         self.hidden: set[str] = set()
+        self.of_tokens: set[str] = set()
         self.biases: list[str] = []
         self._digests: dict[str, str] = {}
         self._full_keys: dict[str, str] = {}
@@ -85,6 +86,8 @@ class AdapterFactors:
                 self._keys.setdefault(found["module"], {})[found["matrix"]] = key
             elif found := _OTHER_KEY.match(key):
                 self.hidden.add(found["module"])
+                if ".token_adapter." in key:
+                    self.of_tokens.add(found["module"])
             elif "lora_magnitude_vector" in key:
                 raise CoraError(f"{self.reference}: {key} is of DoRA, whose weights are not W + s·B·A; merge the adapter first")
             elif found := _FULL_KEY.match(key):
@@ -314,7 +317,7 @@ class AdapterFactors:
             assert found is not None
             adapted = trained == "all" or (trained == "lora_only" and found["module"] in self._keys)
             of_factor = found["place"] == ".lora_B"
-            if not (self.config.get("lora_bias") if of_factor else adapted or found["module"] in self._full_keys):
+            if not (self.config.get("lora_bias") if of_factor else adapted or self._is_saved(found["module"])):
                 stated = f"lora_bias {bool(self.config.get('lora_bias'))}" if of_factor else f"bias {trained!r}"
                 raise CoraError(
                     f"{self.reference} holds {key}, but its adapter_config.json has {stated}, with which PEFT would leave it out; correct one of "

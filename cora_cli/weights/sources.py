@@ -248,6 +248,7 @@ class AdapterSource(WeightSource):
         adapted = self.base.without_overlap(self._own.changed)
         self._own.check_complete(adapted, self.base.reference, self.architecture.get("model_type"))
         hidden = self._own.hidden | (self.base.sharing(self._own.hidden) - self._own.changed)
+        hidden |= self.base.sharing(self._own.of_tokens)  # PEFT gives their rows to a tied head, too, whatever else adapts it
         self.shapes = {module: shape for module, shape in shapes.items() if module not in hidden}
         self.faults = {module: fault for module, fault in self.base.faults.items() if module not in self._own.full} | apart
 

@@ -31,6 +31,7 @@ from cora_cli.errors import CoraError
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.references import resolve_model
 from cora_cli.models.tokenizer import load_tokenizer
+from cora_cli.weights.sources import open_source
 from tests.adapters.helpers import copy_of, foreign, logits
 from tests.methods.helpers import plan_of
 from tests.training.families import build
@@ -361,6 +362,64 @@ def test_each_of_two_updates_to_one_shared_weight_changes_its_own_layer_only(set
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
+@torch.no_grad()
+def of_few_tokens(model) -> torch.Tensor:
+    return model(input_ids=torch.arange(3, 11)[None]).logits
+
+
+@pytest.mark.parametrize("family", ["gpt2", "codegen", "roberta"])
+@pytest.mark.parametrize("on_head", [False, True])
+def test_trained_rows_of_tokens_reach_a_tied_head_merged_as_unmerged(family, on_head, tmp_path):
+    """PEFT leaves out the bias of such a head; where a LoRA adapts it besides, it merges neither."""
+    config = build(family)
+    config.tie_word_embeddings = True
+    model = AutoModelForCausalLM.from_config(config)
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    if (bias := model.get_output_embeddings().bias) is not None:
+        torch.nn.init.normal_(bias)
+    model.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    targets = [next(name for name, module in model.named_modules() if name.endswith(("c_fc", "fc_in", "intermediate.dense")))]
+    settings = {"target_modules": [*targets, *([head] if on_head else [])], "trainable_token_indices": [3, 5]}
+    wrapped = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **settings))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    expected = of_few_tokens(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    )
+    adapter = resolve_model(str(tmp_path / "adapter"))
+    merge_adapter(adapter, tmp_path / "merged")
+    found = of_few_tokens(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval())
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert head not in open_source(adapter).shapes  # whose weight is not W + s·B·A alone
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "word_embeddings"])
+def test_a_merged_head_of_its_own_keeps_its_bias(saved, tmp_path):
+    """Which BERT's kin tie to another one, but not where embedding and head are two weights."""
+    AutoModelForCausalLM.from_config(build("roberta")).save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["query"], modules_to_save=[saved], init_lora_weights=False)
+    config.base_model_name_or_path = str(tmp_path / "base")
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+        torch.nn.init.normal_(wrapped.get_base_model().get_output_embeddings().bias)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    expected = of_few_tokens(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    )
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    torch.testing.assert_close(
+        of_few_tokens(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()), expected, atol=1e-4, rtol=1e-4
+    )
+    open_source(resolve_model(str(tmp_path / "adapter")))
+
+
 @pytest.mark.parametrize("start", ["pissa_niter_4", "lora_ga", "corda"])
 def test_an_adapter_on_weights_that_cannot_be_computed_again_is_refused(start, tiny_model, tmp_path):
     foreign(tiny_model, tmp_path / "adapter")
@@ -378,9 +437,18 @@ def test_what_peft_would_not_load_as_a_lora_is_not_exported(tmp_path):
         export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
 
 
-def test_a_start_that_replicated_layers_subtract_from_shared_weights_is_no_lora_on_the_base(tiny_model, tmp_path):
-    foreign(tiny_model, tmp_path / "adapter", init_lora_weights="olora", layer_replication=[[0, 2], [1, 2]])
-    with pytest.raises(CoraError, match=r"subtracts its start \(olora\) from weights that its replicated layers share"):
+@pytest.mark.parametrize(
+    ("settings", "shared"),
+    [
+        ({"layer_replication": [[0, 2], [1, 2]]}, r"layers\.1\.self_attn\.q_proj"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+    ],
+)
+def test_a_start_that_is_subtracted_from_a_shared_weight_is_no_lora_on_the_base(settings, shared, tiny_model, tmp_path):
+    foreign(tiny_model, tmp_path / "adapter", init_lora_weights="olora", **settings)
+    with pytest.raises(
+        CoraError, match=rf"subtracts its start \(olora\) from the weight of \S*{shared}, which other layers share"
+    ):
         export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
