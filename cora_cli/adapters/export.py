@@ -4,6 +4,7 @@ Unlike `merge` it writes no copy of the base model, and unlike the run's own ada
 """
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -170,7 +171,8 @@ def _sharing(wrapped: PeftModel) -> str | None:
     """The first layer with a LoRA whose weight is that of another layer, too, as a tied head's and those of replicated layers; None without one."""
     weights = [weight for module in wrapped.modules() if (weight := module._parameters.get("weight")) is not None]
     owners = Counter(map(id, weights))
-    return next((name for name, layer in lora_layers(wrapped) if owners[id(layer.get_base_layer().weight)] > 1), None)
+    linears = [(name, layer.get_base_layer()) for name, layer in lora_layers(wrapped) if ADAPTER in layer.lora_A]
+    return next((name for name, linear in linears if owners[id(linear.weight)] > 1), None)
 
 
 def _by_stored_names(
@@ -216,10 +218,12 @@ def _with_one_scale(
 
     vLLM and others know neither ranks and scales that vary over the layers nor the starts that PEFT subtracts from the weights.
     """
-    factors, biases = {}, {}
+    factors, biases, embeddings = {}, {}, []
     for name, layer in lora_layers(wrapped):
-        if ADAPTER not in layer.lora_A:
-            return state  # an embedding's factors have other shapes
+        if ADAPTER in layer.lora_embedding_A:  # (r, rows) and (width, r)
+            factors[name] = layer.lora_embedding_A[ADAPTER], layer.scaling[ADAPTER] * layer.lora_embedding_B[ADAPTER]
+            embeddings.append(f"{PREFIX}{name}.")
+            continue
         if (key := f"{PREFIX}{name}.lora_B.bias") in state:
             biases[key] = layer.scaling[ADAPTER] * state[key]
         a, b = factors_of(layer)
@@ -228,10 +232,16 @@ def _with_one_scale(
             delta = _delta(layer) + _oriented(layer, layer.get_base_layer().weight - before[name])
             factors[name] = _factors(delta)
     made, rank = plain_factors(factors)
+    of_embeddings = {
+        key: key.replace(".lora_", ".lora_embedding_").removesuffix(".weight")
+        for key in made
+        if key.startswith(tuple(embeddings))
+    }
     config.r = config.lora_alpha = rank
     config.use_rslora, config.init_lora_weights = False, True
     config.rank_pattern, config.alpha_pattern = {}, {}
-    return {key: tensor for key, tensor in state.items() if ".lora_A." not in key and ".lora_B." not in key} | made | biases
+    rest = {key: tensor for key, tensor in state.items() if not re.search(r"\.lora_(embedding_)?[AB]\b", key)}
+    return rest | {of_embeddings.get(key, key): tensor for key, tensor in made.items()} | biases
 
 
 def _oriented(layer: Any, weight: torch.Tensor) -> torch.Tensor:

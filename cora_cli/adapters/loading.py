@@ -127,6 +127,10 @@ def load_adapter(
 def check_start(adapter: ModelPath) -> None:
     """Raise `CoraError` for an adapter on a changed W that PEFT cannot compute again: it would draw at random, or take W itself."""
     start = start_that_changes_base(adapter.adapter_config())
+    if start == "loftq" and not torch.cuda.is_available():
+        raise CoraError(
+            f"adapter {adapter.path} has init_lora_weights 'loftq': it applies to weights that PEFT quantises again as it loads it, on CUDA GPUs only"
+        )
     if start is not None and (start.startswith("pissa_niter_") or start in ("lora_ga", "corda")):
         raise CoraError(
             f"adapter {adapter.path} has init_lora_weights {start!r}: it applies to weights that its training had changed, which cannot be computed "

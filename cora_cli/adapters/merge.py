@@ -86,7 +86,7 @@ def merge_adapter(
     wrapped = load_adapter(model, adapter, basis_path, base=base)
     layers = len(list(adapted_layers(wrapped)))
     lost = say_rounded_away(wrapped, adapter, stored)
-    merged = merged_into_base(wrapped, adapter, safe=True)
+    merged = merged_into_base(wrapped, adapter)
     left = embedding_rows(merged)
     if tokenizer is not None:
         if rows != left < len(tokenizer):
@@ -151,10 +151,11 @@ def no_change_of_weights(wrapped: PeftModel) -> str | None:
     return None if isinstance(wrapped.base_model, BaseTuner) else f"{method} adds to what layers give, not to their weights"
 
 
-def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False) -> Any:
-    """The base model of `wrapped` with the adapter in its weights; `safe` also refuses weights that would not be finite.
+def merged_into_base(wrapped: PeftModel, adapter: ModelPath) -> Any:
+    """The base model of `wrapped` with the adapter in its weights.
 
-    Raises `CannotMerge` for an adapter that is no change of the weights; some layers of `wrapped` may then be merged.
+    Raises `CannotMerge` for an adapter that is no change of the weights, or whose merged weights would not be finite; some layers of `wrapped` may then be
+    merged.
     """
     if why := no_change_of_weights(wrapped):
         raise CannotMerge(adapter, why)
@@ -166,11 +167,14 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
     _separate_shared_weights(wrapped)
     _settle_heads(wrapped)
     try:
-        merged: Any = wrapped.merge_and_unload(safe_merge=safe)
+        # PEFT's safe merge would round the change to the type of the weights before the sum is.
+        merged: Any = wrapped.merge_and_unload(safe_merge=False)
     except (ValueError, RuntimeError) as error:  # RuntimeError: such as a bias for a layer that has none
         if is_out_of_memory(error):
             raise
         raise CannotMerge(adapter, reason(error)) from error
+    if infinite := next((name for name, weight in merged.named_parameters() if not is_finite(weight.data)), None):
+        raise CannotMerge(adapter, f"{infinite} would hold values that are not finite")
     if has_own_head(merged):
         separate_head(merged)
     return merged

@@ -458,6 +458,8 @@ def test_a_start_that_is_subtracted_from_a_shared_weight_is_no_lora_on_the_base(
     [
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora", "bias": "all"},
+        {"init_lora_weights": "pissa", "target_modules": ["q_proj", "embed_tokens"]},
+        {"rank_pattern": {"embed_tokens": 2}, "alpha_pattern": {"q_proj": 3}, "target_modules": ["q_proj", "embed_tokens"]},
         {"lora_bias": True, "alpha_pattern": {"layers.1.self_attn.q_proj": 64}},
         {
             "rank_pattern": {"layers.0.self_attn.q_proj": 2},
@@ -518,6 +520,26 @@ def test_an_adapter_that_is_not_finite_is_refused_by_key(tiny_model, tmp_path):
     next(iter(tensors.values()))[0, 0] = torch.nan
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CoraError, match=r"lora_A\.weight holds values that are not finite"):
+        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+
+
+def test_a_merged_weight_is_rounded_once(tiny_model, tmp_path):
+    base = copy_of(tiny_model, tmp_path / "base", torch.bfloat16)
+    foreign(base, tmp_path / "adapter")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    found, source = load_file(tmp_path / "merged" / "model.safetensors"), open_source(resolve_model(str(tmp_path / "adapter")))
+    for name in source.targets(("q_proj",)):
+        # Sums in float32 may lie on the other side of the middle between two numbers of bfloat16; very few do.
+        different = found[f"{name}.weight"] != source.read(name).to(torch.bfloat16)
+        assert different.float().mean() < 1e-3
+
+
+def test_loftq_needs_the_gpu_on_which_peft_starts_it_again(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    foreign(tiny_model, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": "loftq"}))
+    with pytest.raises(CoraError, match="init_lora_weights 'loftq': it applies to weights that PEFT quantises again"):
         merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
 
 
