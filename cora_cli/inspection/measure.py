@@ -232,7 +232,7 @@ def _measure(
             for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_changes), (FILE, bases))
             for name, frame in frames.items()
         ]
-        of_others = _by_other_models(changes, base_weight, around, rank, unscaled)
+        of_others = _by_other_models(changes, base_weight, around, rank, unscaled, len(models))
         for name, change in changes.items():
             ceiling = change.captured_by(of_changes[name])
             shares, pooled = {CEILING: ceiling, **of_others[name][0]}, of_others[name][1]
@@ -269,11 +269,17 @@ def layer_of(module: str) -> int | None:
 
 
 def _by_other_models(
-    changes: Mapping[str, Change], base_weight: torch.Tensor, around: AroundMean | None, rank: int, unscaled: bool
+    changes: Mapping[str, Change],
+    base_weight: torch.Tensor,
+    around: AroundMean | None,
+    rank: int,
+    unscaled: bool,
+    models: int,
 ) -> dict[str, tuple[dict[str, float], torch.Tensor | None]]:
     """Per model, its captures by bases from the other models (none if there is no other), and the directions of POOLED.
 
-    PAPER uses as many directions. It alone needs the mean of the changes as they are.
+    PAPER uses as many directions. It alone needs the mean of the changes as they are, and is of all `models`, as in `extract-basis`: those without a
+    change have the base's weight.
     """
     found: dict[str, tuple[dict[str, float], torch.Tensor | None]] = {}
     for name, others in leave_one_out(changes, base_weight.shape):
@@ -291,9 +297,9 @@ def _by_other_models(
         if others is not None and directions is not None:
             size, change = directions.shape[1], changes[name]
             if around is None:
-                paper = leading(gram(others.mean.add_to(base_weight.clone())), size)
+                paper = leading(gram(others.mean.add_to(base_weight.clone(), (len(changes) - 1) / (models - 1))), size)
             else:
-                paper = around.leading({other: 1 / (len(changes) - 1) for other in changes if other != name}, size)
+                paper = around.leading({other: 1 / (models - 1) for other in changes if other != name}, size)
             shares[PAPER] = change.captured_by(paper)
             if unscaled:
                 shares[UNSCALED_POOLED] = change.captured_by(others.leading(rank))

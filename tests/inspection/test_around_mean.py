@@ -80,6 +80,7 @@ def test_a_large_inspection_of_adapters_has_the_numbers_of_the_full_one_and_deco
     adapters = {
         name: FactoredSource(base, (change.left.numpy(), change.right.numpy())) for name, change in changes_of(base)[0].items()
     }
+    adapters["unchanged"] = FactoredSource(base, (np.zeros((len(base), 0)), np.zeros((0, base.shape[1]))))
 
     def found():
         [one] = measure(adapters, ArraySource({NAME: base}), {}, RANK, ("q_proj",), CPU, {}, side)

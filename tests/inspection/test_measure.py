@@ -140,6 +140,19 @@ def test_a_model_that_equals_the_base_has_a_size_of_zero_and_no_directions_of_ch
     assert POOLED not in found.captures[0].shares
 
 
+def test_the_mean_weight_is_of_all_other_models_also_of_those_that_equal_the_base():
+    """As `cora extract-basis` takes it, after equation 2 of the paper."""
+    generator = np.random.default_rng(0)
+    base = generator.standard_normal((9, 7))
+    weights = {
+        name: base + scale * generator.standard_normal((9, 7)) for name, scale in (("a", 3.0), ("b", 5.0), ("same", 0.0))
+    }
+    found = found_of(base, weights, 2)
+    for capture, other in zip(found.captures, ("b", "a"), strict=True):
+        mean = (weights[other] + base) / 2
+        assert capture.shares[PAPER] == pytest.approx(share(left(mean, 2), weights[capture.left_out] - base), abs=1e-9)
+
+
 def test_low_rank_changes_are_compared_in_the_directions_that_they_have():
     generator = np.random.default_rng(0)
     base = generator.standard_normal((12, 10))
