@@ -36,6 +36,7 @@ def run(config: LaplaceConfig) -> None:
             limit=config.limit,
             seed=config.seed,
             device=config.device,
+            trust_remote_code=config.trust_remote_code,
         )
     show(
         f"{output}: prior precision {found['prior_precision']:.4g} ({found['chosen_by']}); the data decide {found['decided_directions']:,.0f} of "

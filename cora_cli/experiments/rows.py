@@ -38,7 +38,7 @@ _SOURCE_KEYS: dict[str, Any] = {"n_models": int, "sources": tuple[str, ...], "so
 _SHOWN_KEYS: dict[str, Any] = {"mode": RowMode, "label": str, "printed": str}
 _AVERAGE_KEYS: dict[str, Any] = {"ensemble": int, "laplace": dict[str, Any]}
 """What turns the runs of a row into a model whose predictions are averaged."""
-LAPLACE_KEYS = fields_of(LaplaceConfig, leave_out=("run", "output_dir", "device"))
+LAPLACE_KEYS = fields_of(LaplaceConfig, leave_out=("run", "output_dir", "device", "trust_remote_code"))
 SEEDS_APART = 1000
 """The distance between the seeds of an ensemble's members, whose first one has the seed of its row."""
 # The split is set once per file, so that all rows are compared on the same held-out records.

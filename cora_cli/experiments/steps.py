@@ -323,7 +323,7 @@ class _Planner:
         place = {"run": str(self._out / run.output), "output_dir": str(self._out / output), "device": self._hardware["device"]}
         config = LaplaceConfig(**place, **row.laplace)
         facts = {**dataclasses.asdict(config), "run": run.key}
-        for name in ("output_dir", "device"):
+        for name in ("output_dir", "device", "trust_remote_code"):
             del facts[name]
         return self._add(Step(f"laplace-{row.name}", "laplace", output, facts, (run.name,), words("laplace", config)))
 

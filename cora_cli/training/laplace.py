@@ -96,6 +96,7 @@ def laplace(
     limit: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the run with its distribution to `output` and return what `run.json` says of it.
 
@@ -106,7 +107,8 @@ def laplace(
     source = RunDirectory(Path(run))
     record = _checked_record(source, run)
     # How the run was computed, on whatever hardware, is not how its records are passed through the model here.
-    config = config_of_run(source, device=device, attention="auto", compile=False, liger=False, shard="none")
+    hardware: dict[str, Any] = {"device": device, "attention": "auto", "compile": False, "liger": False, "shard": "none"}
+    config = config_of_run(source, trust_remote_code=trust_remote_code, **hardware)
     _require_inputs(source, config)
     prepared = prepare(config, template_date(record))
     now, then = prepared.fingerprint(config), record["fingerprint"]

@@ -21,6 +21,7 @@ class LaplaceConfig:
     limit: int | None = setting("Measure the curvature on the first N training records only.", None, most=MOST)
     seed: int = setting("Seed of the answers that are sampled to measure the curvature.", 0)
     device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto")
+    trust_remote_code: bool = setting("Run Python code that comes with the model. Use only if you trust its author.", False)
 
     def __post_init__(self) -> None:
         """Check the numbers."""

@@ -216,6 +216,8 @@ def test_a_question_that_is_marked_as_trained_has_no_effect_and_that_is_said(mar
         ("train", 0, 1),
         ("loss", 0.0, 1.0),
         ("train", "False", "true"),
+        ("loss_weight", 0.0, 1.0),
+        ("loss_scale", 0, 1),
     ],
 )
 def test_the_marks_of_other_programs_say_whether_an_answer_is_trained(mark, no, yes, tmp_path):
@@ -245,6 +247,18 @@ def test_a_weight_that_leaves_nothing_to_train_or_is_none_is_refused(weight, mes
     with pytest.raises(CoraError) as caught:
         load_records(jsonl(tmp_path / "a.jsonl", {"messages": [question, answer | {"weight": weight}]}))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [{"loss_weight": 0.5}, {"loss_scale": "ignore"}, {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}],
+)
+def test_a_share_of_the_loss_or_marks_of_parts_of_an_answer_are_refused(mark, tmp_path):
+    question, answer = asked_and_said("q")
+    with pytest.raises(CoraError, match=rf"message 2, has {next(iter(mark))} .*; cora trains an answer whole or not at all"):
+        load_records(jsonl(tmp_path / "a.jsonl", {"messages": [question, answer | mark]}))
+    nothing = dict.fromkeys(mark)
+    load_records(jsonl(tmp_path / "b.jsonl", {"messages": [question, answer | nothing]}))
 
 
 def test_an_unknown_speaker_is_refused_by_name(tmp_path):

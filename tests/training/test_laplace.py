@@ -60,6 +60,25 @@ def loaded(run: Path, tiny_model: Path) -> Any:
     return load_adapter(base, resolve_model(str(run))).get_base_model()
 
 
+def test_a_run_decides_by_no_setting_of_its_own_that_code_runs(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def prepared(config: Any, *_: Any) -> None:
+        seen.append(config.trust_remote_code)
+        raise CoraError("enough")
+
+    monkeypatch.setattr("cora_cli.training.laplace.prepare", prepared)
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    settings = copied / "config.yaml"
+    settings.write_text(settings.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
+    for trusted in (False, True):
+        with pytest.raises(CoraError, match="enough"):
+            laplace(str(copied), tmp_path / "out", device="cpu", trust_remote_code=trusted)
+    assert seen == [False, True]
+
+
 def test_the_result_is_the_run_with_a_distribution_around_it(run: Path, fitted: Path, tiny_model: Path, tmp_path: Path):
     assert record_of(fitted)["laplace"]["prior_precision"] == 20
     assert record_of(fitted)["result_sha256"] == RunDirectory(fitted).result_hash() != record_of(run)["result_sha256"]

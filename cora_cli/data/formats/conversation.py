@@ -26,8 +26,12 @@ ROLES = {
 _TEXT_PARTS = ("text", "input_text", "output_text")
 """The types of parts that are text: those of chat completions, and those of OpenAI's Responses."""
 
-_TRAINED = ("train", "training", "loss")
-"""Entries of an answer that say whether it is trained: axolotl's, and ms-swift's."""
+_SHARES = ("loss_weight", "loss_scale")
+"""Entries of an answer with its share of the loss: LLaMA-Factory's, and ms-swift's."""
+_TRAINED = ("train", "training", "loss", *_SHARES)
+"""Entries of an answer that say whether it is trained: axolotl's, ms-swift's, and LLaMA-Factory's."""
+_DETAILS = ("train_detail", "training_detail")
+"""axolotl's marks of parts of an answer."""
 
 
 def messages_of(talk: Any, where: str, column: str) -> Any:
@@ -53,17 +57,23 @@ def _plain(message: dict[str, Any], place: str) -> dict[str, Any]:
     """A message with text in place of its parts, and with a weight in place of the marks of other programs that say whether it is trained."""
     if isinstance(message.get("content"), list):
         message = {**message, "content": _joined(message["content"], place)}
+    for name in (*_SHARES, *_DETAILS):
+        if (stated := message.get(name)) not in (None, []) and _mark(stated) is None:
+            raise CoraError(
+                f"{place} has {name} {json.dumps(stated, ensure_ascii=False, default=str)[:60]}; cora trains an answer whole or not at all: write "
+                '"weight": 1 or 0 in its place'
+            )
     marks = {name: mark for name in _TRAINED if (mark := _mark(message.get(name))) is not None}
     if not marks or message.get("role") != "assistant":
         return message
-    stated = {*marks.values(), *([weight] if (weight := message.get("weight")) is not None else [])}
-    if len(stated) > 1:
+    said = {*marks.values(), *([weight] if (weight := message.get("weight")) is not None else [])}
+    if len(said) > 1:
         names = ", ".join(sorted({*marks, *(["weight"] if weight is not None else [])}))
         raise CoraError(
             f"{place} has {names}, of which one says that it is trained and another that it is not; remove one of them"
         )
     rest = {name: value for name, value in message.items() if name not in marks}
-    return {**rest, "weight": int(stated.pop())}
+    return {**rest, "weight": int(said.pop())}
 
 
 def says_trained(message: Mapping[str, Any]) -> bool:
