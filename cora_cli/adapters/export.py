@@ -229,6 +229,11 @@ def _with_one_scale(
         a, b = factors_of(layer)
         factors[name] = a, layer.scaling[ADAPTER] * b
         if name in before:
+            if layer.get_base_layer().weight.shape != before[name].shape:
+                raise CoraError(
+                    f"the adapter subtracts its start ({config.init_lora_weights}) from {name}, and gives it other rows than the base has, so no LoRA on the "
+                    "base is equivalent; `cora merge` writes it as a plain model"
+                )
             delta = _delta(layer) + _oriented(layer, layer.get_base_layer().weight - before[name])
             factors[name] = _factors(delta)
     made, rank = plain_factors(factors)
@@ -240,7 +245,13 @@ def _with_one_scale(
     config.r = config.lora_alpha = rank
     config.use_rslora, config.init_lora_weights = False, True
     config.rank_pattern, config.alpha_pattern = {}, {}
-    rest = {key: tensor for key, tensor in state.items() if not re.search(r"\.lora_(embedding_)?[AB]\b", key)}
+    # PEFT stores the weight of an adapted head, or embedding, too: without the start that it subtracted from it, to which these factors do not apply.
+    bases = tuple(f"{PREFIX}{name}.base_layer." for name in before)
+    rest = {
+        key: tensor
+        for key, tensor in state.items()
+        if not re.search(r"\.lora_(embedding_)?[AB]\b", key) and not key.startswith(bases)
+    }
     return rest | {of_embeddings.get(key, key): tensor for key, tensor in made.items()} | biases
 
 

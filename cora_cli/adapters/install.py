@@ -29,6 +29,7 @@ from cora_cli.methods.parts.layers import (
     lora_layers,
     stores_transposed,
     transformers_model,
+    without_cache,
 )
 from cora_cli.methods.parts.mean_change import add_mean_change, put_means, take_means
 from cora_cli.methods.plan import AdapterPlan
@@ -106,7 +107,7 @@ def check_applied(model: Any, target_modules: tuple[str, ...], tokens: Sequence[
         model.train()
         way = "forward"
         try:
-            output = model(input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False)
+            output = model(input_ids=torch.tensor([list(tokens)], device=model.device), **without_cache(inner))
             if (logits := getattr(output, "logits", None)) is None:
                 raise CoraError(f"{type(inner).__name__} cannot be trained: it computes no logits of next tokens")
             way = "backward"

@@ -19,7 +19,7 @@ from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.posterior import has_posterior, write_kronecker
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError
-from cora_cli.methods.parts.layers import ADAPTER, lora_layers
+from cora_cli.methods.parts.layers import ADAPTER, lora_layers, without_cache
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.loading import load_model
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
@@ -209,7 +209,7 @@ def _measured(model: PeftModel, examples: Sequence[Example], seed: int) -> Curva
     with sums.watching(), progress("curvature", len(examples), "records") as shown:
         for example in examples:
             ids = torch.tensor([example.input_ids], device=device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, example.prompt_length - 1 : -1].float()
+            logits = model(input_ids=ids, **without_cache(model)).logits[0, example.prompt_length - 1 : -1].float()
             answers = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             loss = torch.nn.functional.cross_entropy(logits, answers, reduction="sum")
             # For its hooks alone; no gradient is kept.

@@ -125,6 +125,11 @@ def prepare(
     hardware = planned or select_hardware(config.device, config.dtype)
     template = _template(config, known, model_path, data, date_of_earlier_start)
     model_config, skeleton, removed = _skeleton(config, known, model_path, planned is not None)
+    if config.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
+        raise CoraError(
+            f"--gradient-checkpointing does not apply to {config.model}: transformers cannot compute the activations of {type(skeleton).__name__} again; "
+            "leave it out, and lower --batch-size, with --gradient-accumulation, to save memory"
+        )
     stored = kind_stated(model_path)
     if config.load_in_4bit and stored:
         raise CoraError(

@@ -483,6 +483,24 @@ def test_an_exported_lora_has_one_scale_and_stands_on_the_base_itself(settings, 
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
+def test_the_start_of_a_head_is_not_subtracted_twice_from_what_is_exported(tiny_model, tmp_path):
+    """PEFT stores the head's weight without its start with the adapter, and would take it for that of the base."""
+    model = LlamaForCausalLM.from_pretrained(tiny_model, tie_word_embeddings=False)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.save_pretrained(tmp_path / "base")
+    shutil.copyfile(tiny_model / "tokenizer.json", tmp_path / "base" / "tokenizer.json")
+    foreign(tmp_path / "base", tmp_path / "adapter", init_lora_weights="pissa", target_modules=["q_proj", "lm_head"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    assert "base_model.model.lm_head.base_layer.weight" in tensors
+    moved = {key: tensor + 0.01 if ".lora_" in key else tensor for key, tensor in tensors.items()}
+    save_file(moved, file, metadata={"format": "pt"})
+    expected = logits(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"))
+    export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
+    found = logits(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "exported"))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_a_failure_of_peft_while_merging_is_one_sentence(tiny_model, tmp_path):
     base = LlamaForCausalLM.from_pretrained(tiny_model)
     wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))

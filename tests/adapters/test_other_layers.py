@@ -163,6 +163,18 @@ def test_a_target_whose_layers_are_never_called_is_refused_by_name(family, named
     check_applied(model, ("in_proj", "x_proj"), [1, 5, 7])
 
 
+def test_a_forward_pass_that_takes_no_cache_is_not_asked_to_leave_it_out(monkeypatch) -> None:
+    """As those of models with their own code may be."""
+    model = AutoModelForCausalLM.from_config(build("llama"))
+    given = model.forward
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda input_ids=None, attention_mask=None, labels=None: given(input_ids, attention_mask, labels=labels),
+    )
+    check_applied(model, ("q_proj",), [1, 5, 7])
+
+
 def test_a_target_that_no_gradient_reaches_is_refused_by_name() -> None:
     big_bird = AutoModelForCausalLM.from_config(build("big_bird")).eval()
     with pytest.raises(

@@ -1,6 +1,7 @@
 """The layers of a PEFT model that an adapter changes, and their factors A and B."""
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,6 +63,13 @@ def stores_transposed(layer: BaseTunerLayer) -> bool:
 def transformers_model(model: Any) -> Any:
     """The model of transformers, without the adapter that it may have."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def without_cache(model: Any) -> dict[str, bool]:
+    """The argument by which the model's forward pass keeps no keys and values; none where it takes no such argument, as with a model's own code."""
+    taken = inspect.signature(transformers_model(model).forward).parameters
+    named = "use_cache" in taken or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
+    return {"use_cache": False} if named else {}
 
 
 def adapted_layers(model: PeftModel) -> Iterator[tuple[str, BaseTunerLayer]]:
