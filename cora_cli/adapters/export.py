@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
@@ -172,7 +172,9 @@ def _sharing(wrapped: PeftModel) -> str | None:
     weights = [weight for module in wrapped.modules() if (weight := module._parameters.get("weight")) is not None]
     owners = Counter(map(id, weights))
     linears = [(name, layer.get_base_layer()) for name, layer in lora_layers(wrapped) if ADAPTER in layer.lora_A]
-    return next((name for name, linear in linears if owners[id(linear.weight)] > 1), None)
+    # A wrapped one is a tied head that gets rows of tokens with the embedding.
+    shared = (name for name, linear in linears if isinstance(linear, AuxiliaryTrainingWrapper) or owners[id(linear.weight)] > 1)
+    return next(shared, None)
 
 
 def _by_stored_names(
@@ -246,11 +248,11 @@ def _with_one_scale(
     config.use_rslora, config.init_lora_weights = False, True
     config.rank_pattern, config.alpha_pattern = {}, {}
     # PEFT stores the weight of an adapted head, or embedding, too: without the start that it subtracted from it, to which these factors do not apply.
-    bases = tuple(f"{PREFIX}{name}.base_layer." for name in before)
+    subtracted = {f"{PREFIX}{name}.base_layer.weight" for name in before}
     rest = {
         key: tensor
         for key, tensor in state.items()
-        if not re.search(r"\.lora_(embedding_)?[AB]\b", key) and not key.startswith(bases)
+        if key not in subtracted and not re.search(r"\.lora_(embedding_)?[AB]\b", key)
     }
     return rest | {of_embeddings.get(key, key): tensor for key, tensor in made.items()} | biases
 

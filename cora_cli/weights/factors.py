@@ -316,8 +316,9 @@ class AdapterFactors:
             found = _BIAS_KEY.match(key)
             assert found is not None
             adapted = trained == "all" or (trained == "lora_only" and found["module"] in self._keys)
+            saved = found["module"] in self._full_keys or self._is_saved(found["module"])
             of_factor = found["place"] == ".lora_B"
-            if not (self.config.get("lora_bias") if of_factor else adapted or self._is_saved(found["module"])):
+            if not (self.config.get("lora_bias") if of_factor else adapted or saved):
                 stated = f"lora_bias {bool(self.config.get('lora_bias'))}" if of_factor else f"bias {trained!r}"
                 raise CoraError(
                     f"{self.reference} holds {key}, but its adapter_config.json has {stated}, with which PEFT would leave it out; correct one of "
