@@ -1,6 +1,7 @@
 """Merges an adapter into its base and writes the result as a plain model."""
 
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +12,7 @@ from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import TrainableTokensWrapper
+from transformers import PreTrainedModel
 
 from cora_cli import writing
 from cora_cli.adapters.base import base_of, check_base, say_other_base
@@ -18,10 +20,11 @@ from cora_cli.adapters.card import carry_card
 from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.rows import embedding_rows, say_tokens_without_rows
+from cora_cli.adapters.storage import PREFIX
 from cora_cli.data.templates import Template
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, linear_weight, lora_layers
-from cora_cli.models.checkpoint import is_finite
+from cora_cli.models.checkpoint import Checkpoint, is_finite
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.fused import join_projections
 from cora_cli.models.loading import check_names, has_own_head, load_model, save_model, separate_head, stored_types
@@ -83,6 +86,10 @@ def merge_adapter(
     widest = functools.reduce(torch.promote_types, stored.values()) if stored else None  # float32 for bf16 next to fp16
     model = load_model(base, widest or _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
     tied, rows = not has_own_head(model), embedding_rows(model)
+    kinds = stored or {name: parameter.dtype for name, parameter in model.named_parameters()}
+    loaded_in = model.dtype
+    if loaded_in != torch.float32:
+        _widen(model, adapter)
     wrapped = load_adapter(model, adapter, basis_path, base=base)
     layers = len(list(adapted_layers(wrapped)))
     lost = say_rounded_away(wrapped, adapter, stored)
@@ -98,7 +105,7 @@ def merge_adapter(
     join_projections(merged)
     if tied and has_own_head(merged):
         say(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
-    _round(merged, stored, adapter)
+    _round(merged, kinds, adapter, loaded_in)
     with writing.atomic_path(output, replace=False) as temporary:
         save_model(merged, base, temporary, trust_remote_code, ends=_ends(adapter, tokenizer))
         _check_written(temporary, adapter, trust_remote_code)
@@ -107,6 +114,22 @@ def merge_adapter(
         carry_record(temporary, adapter, base)
         carry_card(temporary, adapter, base, lost=lost)
     return layers
+
+
+def _widen(model: PreTrainedModel, adapter: ModelPath) -> None:
+    """Hold in float32 what an adapter changes otherwise than by the A and B of linear layers, which PEFT alone keeps in float32.
+
+    It computes other changes in the type of the weight, as those of an embedding, so they would be rounded before the sum is.
+    """
+    known = dict(model.named_modules())
+    for key in Checkpoint(adapter).shapes:
+        if re.search(r"\.lora_[AB]\.weight$", key):
+            continue
+        parts = key.removeprefix(PREFIX).split(".")
+        owners = (known.get(".".join(parts[:end])) for end in range(len(parts) - 1, 0, -1))
+        weight = getattr(next((owner for owner in owners if owner is not None), None), "weight", None)
+        if isinstance(weight, torch.nn.Parameter):
+            weight.data = weight.data.float()
 
 
 def _check_written(directory: Path, adapter: ModelPath, trust_remote_code: bool) -> None:
@@ -131,16 +154,15 @@ def _ends(adapter: ModelPath, tokenizer: Any) -> set[int]:
     return Template(cast("TemplateName", known.template), "prompt", tokenizer, known.date).ends
 
 
-def _round(merged: Any, stored: Mapping[str, torch.dtype], adapter: ModelPath) -> None:
-    """Give the weights of `merged` the types `stored`, by name. Raises `CoraError` where one exceeds the numbers of its type."""
+def _round(merged: Any, kinds: Mapping[str, torch.dtype], adapter: ModelPath, others: torch.dtype) -> None:
+    """Give the weights of `merged` the types `kinds`, by name, and `others` to one that is new. Raises `CoraError` where one exceeds its type's numbers."""
     for name, parameter in merged.named_parameters():
-        if name in stored:
-            parameter.data = parameter.data.to(stored[name])
-            if not is_finite(parameter.data):
-                kind = str(stored[name]).removeprefix("torch.")
-                raise CoraError(
-                    f"{adapter.reference}: {name} is stored as {kind}, which the merged weight exceeds; use --dtype fp32"
-                )
+        kind = kinds.get(name, others)
+        parameter.data = parameter.data.to(kind)
+        if not is_finite(parameter.data):
+            raise CoraError(
+                f"{adapter.reference}: {name} is stored as {str(kind).removeprefix('torch.')}, which the merged weight exceeds; use --dtype fp32"
+            )
 
 
 def no_change_of_weights(wrapped: PeftModel) -> str | None:

@@ -298,7 +298,8 @@ def _refusal(
     name: str, one: tuple[str, tuple[int, int]], two: tuple[str, tuple[int, int]], side: int, choices: BasisChoices
 ) -> str:
     what = ("out", "in")[side]
-    reason = " (grouped-query attention makes K and V smaller)" if side == 0 and choices.share in ("layer", "global") else ""
+    of_keys = side == 0 and any(module.endswith(("k_proj", "v_proj")) for module, _ in (one, two))
+    reason = " (grouped-query attention makes K and V smaller)" if of_keys and choices.share in ("layer", "global") else ""
     other_share = "--share module" if choices.share == "projection" else "--share module or --share projection"
     pools = side == (0 if choices.side == "input" else 1)  # --merge gram does not need this dimension to be equal
     alternative = f"{other_share}, or --merge gram" if pools else other_share

@@ -69,8 +69,10 @@ def read_loss(run: RunDirectory, record: dict[str, Any], when: str, thorough: bo
 
 
 def read_log(run: RunDirectory, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines of a finished run's `log.jsonl`; none where it was left out. Raises `CoraError` if it was changed since."""
+    """The lines of a finished run's `log.jsonl`; none where a run without steps wrote none. Raises `CoraError` if it is gone, or was changed since."""
     if not run.log.exists():
+        if record.get("log_sha256"):
+            raise CoraError(f"{run.log} does not exist, although the training wrote it; restore it")
         return []
     # Earlier versions recorded no hash.
     if record.get("log_sha256") not in (None, hashing.sha256_file(run.log)):

@@ -541,6 +541,21 @@ def test_an_adapter_that_is_not_finite_is_refused_by_key(tiny_model, tmp_path):
         merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
 
 
+@pytest.mark.parametrize("dtype", ["stored", "bf16"])
+def test_a_merged_embedding_is_rounded_once(dtype, tiny_model, tmp_path):
+    """PEFT multiplies its A and B in the type of the weight."""
+    base = copy_of(tiny_model, tmp_path / "base", torch.bfloat16)
+    foreign(tiny_model, tmp_path / "adapter", complete=False, target_modules=["embed_tokens"])
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged", base=resolve_model(str(base)), dtype=dtype)
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    a, b = (next(tensor for key, tensor in state.items() if f"lora_embedding_{factor}" in key).double() for factor in "AB")
+    before = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    expected = before.double() + 2 * (b @ a).T  # the scale: alpha 8 over r 4
+    assert (merged["model.embed_tokens.weight"] != expected.to(torch.bfloat16)).float().mean() < 1e-3
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+
+
 def test_a_merged_weight_is_rounded_once(tiny_model, tmp_path):
     base = copy_of(tiny_model, tmp_path / "base", torch.bfloat16)
     foreign(base, tmp_path / "adapter")

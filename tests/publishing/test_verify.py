@@ -120,6 +120,7 @@ def impossible_bootstrap(entry: str, value: int) -> Callable[[Path], None]:
         ("test.jsonl", flip, "test.jsonl was changed after it was written"),
         ("test.jsonl", Path.unlink, "test.jsonl is missing"),
         ("log.jsonl", flip, "log.jsonl was changed after the training wrote it"),
+        ("log.jsonl", Path.unlink, "log.jsonl does not exist, although the training wrote it"),
         ("trained_prompts.txt", flip, "trained_prompts.txt was changed after it was written"),
         ("heldout.jsonl", other_order, "heldout.jsonl was altered after it was written: it does not have the hash in run.json"),
         (
