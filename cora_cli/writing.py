@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import yaml
+
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json
 
@@ -245,6 +247,19 @@ def write_together(contents: Mapping[Path, str | bytes]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Raises `ValueError` on NaN, which JSON cannot represent."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_yaml(path: Path, value: Any) -> None:
+    """Write `value` as YAML, atomically, its texts as `utf8` makes them: YAML would escape halves of characters, which no reader takes."""
+    write_text(path, yaml.safe_dump(_storable(value), sort_keys=False, allow_unicode=True))
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, str):
+        return utf8(value)
+    if isinstance(value, dict):
+        return {_storable(key): _storable(entry) for key, entry in value.items()}
+    return [*map(_storable, value)] if isinstance(value, list | tuple) else value
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from cora_cli import writing
 from cora_cli.errors import CoraError
-from cora_cli.reading import read_json, read_jsonl
+from cora_cli.reading import read_json, read_jsonl, read_yaml
 from cora_cli.writing import atomic_path
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=50)
@@ -105,6 +105,16 @@ def test_what_leaves_no_room_for_a_file_is_called_by_its_name(error, said, tmp_p
     detail = getattr(error, "strerror", None) or error
     assert str(raised.value) == f"{said}: {tmp_path}/file could not be written ({detail}); no partial file was left behind"
     assert names(tmp_path) == []
+
+
+def test_names_whose_bytes_the_locale_gave_as_surrogates_are_the_characters_that_they_were_typed_as(tmp_path):
+    typed = "données/日本".encode().decode("ascii", "surrogateescape")
+    writing.write_yaml(tmp_path / "a.yaml", {"dataset": typed, "models": (typed,), typed: 1})
+    assert read_yaml(tmp_path / "a.yaml", "settings") == {
+        "dataset": "données/日本",
+        "models": ["données/日本"],
+        "données/日本": 1,
+    }
 
 
 def test_where_torch_cannot_tell_a_full_disk_from_a_limit_on_files_both_are_named(monkeypatch):

@@ -14,8 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-
 from cora_cli import lock, writing
 from cora_cli.errors import CoraError
 from cora_cli.experiments.later_seeds import seeds_before
@@ -61,7 +59,7 @@ def write_plan(plan: Plan, stages: Mapping[str, Any] | None = None) -> None:
     record = {**plan_record(plan), **(stages or {})}
     before = seeds_before(plan.out, record)
     write_sealed(plan.out / PLAN, {**record, **({"seeds_before": before} if before else {})})
-    writing.write_text(plan.out / _RESOLVED, yaml.safe_dump(plan.grid.resolved(), sort_keys=False, allow_unicode=True))
+    writing.write_yaml(plan.out / _RESOLVED, plan.grid.resolved())
     for name, records in plan.records.items():
         writing.write_jsonl(plan.out / name, records)
 

@@ -5,8 +5,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cora_cli import hashing, writing
 from cora_cli.data.records import is_among, prompt_hashes
 from cora_cli.errors import CoraError
@@ -138,7 +136,7 @@ def write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, reco
     write_run(run, record)
     # The file may be given to `--config` in another directory, where a relative path would begin a second run.
     settings = {**config.as_dict(), "output_dir": str(writing.absolute(run.root))}
-    writing.write_text(run.config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    writing.write_yaml(run.config, settings)
     writing.write_jsonl(run.test_records, prepared.data.test)
     writing.write_text(run.trained_prompts, listed)
     parameters = record["parameters"]
