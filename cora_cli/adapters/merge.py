@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import TrainableTokensWrapper
@@ -189,6 +190,7 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath) -> Any:
     _separate_shared_weights(wrapped)
     _settle_heads(wrapped)
     try:
+        _merge_parameters(wrapped)
         # PEFT's safe merge would round the change to the type of the weights before the sum is.
         merged: Any = wrapped.merge_and_unload(safe_merge=False)
     except (ValueError, RuntimeError) as error:  # RuntimeError: such as a bias for a layer that has none
@@ -237,6 +239,18 @@ def rounded_away(wrapped: PeftModel, stored: Mapping[str, torch.dtype] = NO_TYPE
         errors += (exact.to(kind).float() - exact).square().sum().item()
         changes += change.square().sum().item()
     return min(1.0, (errors / changes) ** 0.5) if changes else 0.0
+
+
+@torch.no_grad()
+def _merge_parameters(wrapped: PeftModel) -> None:
+    """Merge the LoRAs of parameters, such as fused experts, whose change PEFT would round to the type of the weight before the sum is."""
+    for _, layer in adapted_layers(wrapped):
+        if isinstance(layer, ParamWrapper):
+            weight = layer.get_param()
+            kind = weight.dtype
+            weight.data = weight.data.float()
+            layer.merge()
+            weight.data = weight.data.to(kind)
 
 
 @torch.no_grad()

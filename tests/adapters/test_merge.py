@@ -556,6 +556,22 @@ def test_a_merged_embedding_is_rounded_once(dtype, tiny_model, tmp_path):
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
 
 
+def test_merged_experts_are_rounded_once(tmp_path):
+    """PEFT rounds the change of a parameter first."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(build("qwen3_moe")).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
+    wrapped = get_peft_model(wide, LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    expected = wrapped.merge_and_unload().state_dict()
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, weight in merged.items():
+        assert weight.dtype == torch.bfloat16
+        assert (weight != expected[name].to(torch.bfloat16)).float().mean() < 1e-3, name
+
+
 def test_a_merged_weight_is_rounded_once(tiny_model, tmp_path):
     base = copy_of(tiny_model, tmp_path / "base", torch.bfloat16)
     foreign(base, tmp_path / "adapter")
