@@ -1,7 +1,6 @@
 """Merges an adapter into its base and writes the result as a plain model."""
 
 import functools
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +18,7 @@ from cora_cli import writing
 from cora_cli.adapters.base import base_of, check_base, say_other_base
 from cora_cli.adapters.card import carry_card
 from cora_cli.adapters.loading import load_adapter
+from cora_cli.adapters.names import names_of, renamed
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.rows import embedding_rows, say_tokens_without_rows
 from cora_cli.adapters.storage import PREFIX
@@ -50,6 +50,26 @@ class CannotMerge(CoraError):
 
 _MUCH = 0.5
 """The share of a change whose loss is worth a word. Rounding that loses less is small against the change in the few directions that it has."""
+_SUMS_IN_FLOAT32 = (
+    *(
+        "LORA",
+        "ADALORA",
+        "LOHA",
+        "LOKR",
+        "OFT",
+        "HRA",
+        "IA3",
+        "VERA",
+        "PVERA",
+        "FOURIERFT",
+        "GRALORA",
+        "MISS",
+        "SHIRA",
+        "TINYLORA",
+    ),
+    *("LN_TUNING", "TRAINABLE_TOKENS"),
+)
+"""PEFT's methods whose change of a linear layer in bfloat16 is computed in float32, and rounded with the sum alone."""
 _DTYPES: dict[str, torch.dtype | str] = {"stored": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -118,13 +138,15 @@ def merge_adapter(
 
 
 def _widen(model: PreTrainedModel, adapter: ModelPath) -> None:
-    """Hold in float32 what an adapter changes otherwise than by the A and B of linear layers, which PEFT alone keeps in float32.
+    """Hold in float32 what PEFT would change by numbers in the type of the weight, such as an embedding, so that the sum alone is rounded.
 
-    It computes other changes in the type of the weight, as those of an embedding, so they would be rounded before the sum is.
+    What the methods of `_SUMS_IN_FLOAT32` change stays as it is, since float32 takes twice the memory.
     """
     known = dict(model.named_modules())
-    for key in Checkpoint(adapter).shapes:
-        if re.search(r"\.lora_[AB]\.weight$", key):
+    exact = adapter.adapter_config().get("peft_type") in _SUMS_IN_FLOAT32
+    stored = Checkpoint(adapter).shapes
+    for key in renamed(stored, names_of(model, stored)):
+        if exact and ".lora_embedding_" not in key:
             continue
         parts = key.removeprefix(PREFIX).split(".")
         owners = (known.get(".".join(parts[:end])) for end in range(len(parts) - 1, 0, -1))

@@ -9,10 +9,12 @@ from peft import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     AdaLoraConfig,
     AdaptionPromptConfig,
+    HiraConfig,
     LoHaConfig,
     LoraConfig,
     PeftModel,
     PeftType,
+    RandLoraConfig,
     VBLoRAConfig,
     get_peft_model,
 )
@@ -539,6 +541,23 @@ def test_an_adapter_that_is_not_finite_is_refused_by_key(tiny_model, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CoraError, match=r"lora_A\.weight holds values that are not finite"):
         merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+
+
+@pytest.mark.parametrize("kind", [RandLoraConfig, HiraConfig])
+def test_what_other_methods_change_is_rounded_once(kind, tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(build("llama")).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    wrapped = get_peft_model(wide, kind(r=4, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    expected = wrapped.merge_and_unload().state_dict()
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict().items():
+        assert (weight != expected[name].to(torch.bfloat16)).float().mean() < 1e-3, name
 
 
 @pytest.mark.parametrize("dtype", ["stored", "bf16"])
