@@ -150,9 +150,10 @@ def _widen(model: PreTrainedModel, adapter: ModelPath) -> None:
             continue
         parts = key.removeprefix(PREFIX).split(".")
         owners = (known.get(".".join(parts[:end])) for end in range(len(parts) - 1, 0, -1))
-        weight = getattr(next((owner for owner in owners if owner is not None), None), "weight", None)
-        if isinstance(weight, torch.nn.Parameter):
-            weight.data = weight.data.float()
+        owner = next((owner for owner in owners if owner is not None), None)
+        for parameter in owner._parameters.values() if owner is not None else ():  # such as a bias, which RoAd turns, too
+            if parameter is not None:
+                parameter.data = parameter.data.float()
 
 
 def _check_written(directory: Path, adapter: ModelPath, trust_remote_code: bool) -> None:

@@ -15,6 +15,7 @@ from peft import (
     PeftModel,
     PeftType,
     RandLoraConfig,
+    RoadConfig,
     VBLoRAConfig,
     get_peft_model,
 )
@@ -543,12 +544,15 @@ def test_an_adapter_that_is_not_finite_is_refused_by_key(tiny_model, tmp_path):
         merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
 
 
-@pytest.mark.parametrize("kind", [RandLoraConfig, HiraConfig])
-def test_what_other_methods_change_is_rounded_once(kind, tmp_path):
+@pytest.mark.parametrize(
+    "config", [RandLoraConfig(r=4), HiraConfig(r=4), RoadConfig(group_size=8)], ids=["RandLoRA", "HiRA", "RoAd"]
+)
+def test_what_other_methods_change_is_rounded_once(config, tmp_path):
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(build("llama")).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    AutoModelForCausalLM.from_config(build("qwen2")).to(torch.bfloat16).save_pretrained(tmp_path / "base")
     wide = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    wrapped = get_peft_model(wide, kind(r=4, target_modules=["q_proj", "down_proj"]))
+    config.target_modules = {"q_proj", "down_proj"}  # one with a bias, and one without
+    wrapped = get_peft_model(wide, config)
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
