@@ -217,6 +217,14 @@ class ModelPath:
                 f"{self.reference} has an adapter_config.json, but {self._complete_files()[0].name} in place of the adapter_model.safetensors of "
                 "PEFT, as other programs write it (MLX); convert it to PEFT's form first"
             )
+        explicit = None
+        with contextlib.suppress(CoraError):  # a damaged configuration is named where it is read
+            explicit = None if self.is_adapter else self.config().get("transformers_weights")
+        if explicit is not None and explicit not in [name for layout in _LAYOUTS for name in layout]:
+            raise CoraError(
+                f"{self.reference}: config.json has transformers load its weights from {str(explicit)[:100]} (transformers_weights), whatever else the "
+                "directory holds; rename that file to model.safetensors and remove the entry"
+            )
         # Without a config.json it is no complete model: TRL's PPO writes its value head as pytorch_model.bin next to the adapter.
         configured = all((self.path / name).exists() for name in ("adapter_config.json", "config.json"))
         if configured and (own := self._adapter_files()) and (model := self._named_files()):
@@ -277,7 +285,8 @@ class ModelPath:
                 for file in files:
                     if file.parent != self.path or not file.exists():
                         raise CoraError(
-                            f"{self.path / index} lists {file.name}, which is not in that directory; download the model again"
+                            f"{self.path / index} lists {file.relative_to(self.path) if file.is_relative_to(self.path) else file}, which is not in that "
+                            "directory itself; move it there and correct the index, or download the model again"
                         )
                 return files
         return []

@@ -61,6 +61,18 @@ def test_the_weights_decide_between_model_and_adapter(tmp_path):
     assert [file.name for file in resolve_model(str(with_value_head)).other_weight_files()] == ["pytorch_model.bin"]
 
 
+def test_weights_that_the_configuration_names_in_place_of_the_usual_file_are_refused(tmp_path):
+    """Transformers loads that file, others read the usual one."""
+    model = make(tmp_path / "model", "config.json", "model.safetensors", "other.safetensors")
+    for named, refused in (("other.safetensors", True), ("model.safetensors", False), (None, False)):
+        (model / "config.json").write_text(json.dumps({"model_type": "llama", "transformers_weights": named}))
+        if refused:
+            with pytest.raises(CoraError, match=r"load its weights from other\.safetensors \(transformers_weights\)"):
+                resolve_model(str(model))
+        else:
+            resolve_model(str(model))
+
+
 def test_an_adapter_that_is_not_pefts_is_named(tmp_path):
     mlx = make(tmp_path / "mlx", "adapter_config.json", "adapters.safetensors")
     with pytest.raises(CoraError, match=r"but adapters.safetensors in place of the adapter_model.safetensors of PEFT"):
