@@ -14,8 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import yaml
-
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json
 
@@ -251,6 +249,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_yaml(path: Path, value: Any) -> None:
     """Write `value` as YAML, atomically, its texts as `utf8` makes them: YAML would escape halves of characters, which no reader takes."""
+    import yaml  # which `--help` does without
+
     write_text(path, yaml.safe_dump(_storable(value), sort_keys=False, allow_unicode=True))
 
 
