@@ -280,7 +280,7 @@ def _merge_parameters(wrapped: PeftModel) -> None:
 def _settle_heads(wrapped: PeftModel) -> None:
     """Prepare tied heads that get trained rows of tokens with the embedding for merging, so that they give what they give unmerged.
 
-    PEFT computes such a head without its bias. If a LoRA adapts it besides, PEFT would leave both unmerged.
+    PEFT computes such a head without its bias. If a LoRA adapts it, too, PEFT would leave both unmerged.
     """
     layers: list[Any] = [layer for _, layer in adapted_layers(wrapped)]
     for layer in layers:

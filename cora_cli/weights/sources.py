@@ -322,8 +322,8 @@ class AdapterSource(WeightSource):
     def changes_only(self, modules: Collection[str], base: WeightSource) -> bool:
         """See `WeightSource.changes_only`."""
         views = {f"{fused}.{part}" for fused in self._layouts if fused in modules for part in VIEWS}
-        whole = {fused for fused in self._layouts if all(f"{fused}.{part}" in modules for part in VIEWS)}
-        return base is self.base and not self._own.biases and self._own.changed <= {*modules, *views, *whole}
+        complete = {fused for fused in self._layouts if all(f"{fused}.{part}" in modules for part in VIEWS)}
+        return base is self.base and not self._own.biases and self._own.changed <= {*modules, *views, *complete}
 
     def held_otherwise(self, modules: Iterable[str]) -> str | None:
         """The first of `modules` that this adapter changes as part of a fused projection, or in parts, and not as a layer of its own."""

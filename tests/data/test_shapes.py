@@ -255,7 +255,9 @@ def test_a_weight_that_leaves_nothing_to_train_or_is_none_is_refused(weight, mes
 )
 def test_a_share_of_the_loss_or_marks_of_parts_of_an_answer_are_refused(mark, tmp_path):
     question, answer = asked_and_said("q")
-    with pytest.raises(CoraError, match=rf"message 2, has {next(iter(mark))} .*; cora trains an answer whole or not at all"):
+    with pytest.raises(
+        CoraError, match=rf"message 2, has {next(iter(mark))} .*; cora trains all of an answer or nothing of it"
+    ):
         load_records(jsonl(tmp_path / "a.jsonl", {"messages": [question, answer | mark]}))
     nothing = dict.fromkeys(mark)
     load_records(jsonl(tmp_path / "b.jsonl", {"messages": [question, answer | nothing]}))

@@ -60,7 +60,7 @@ def _plain(message: dict[str, Any], place: str) -> dict[str, Any]:
     for name in (*_SHARES, *_DETAILS):
         if (stated := message.get(name)) not in (None, []) and _mark(stated) is None:
             raise CoraError(
-                f"{place} has {name} {json.dumps(stated, ensure_ascii=False, default=str)[:60]}; cora trains an answer whole or not at all: write "
+                f"{place} has {name} {json.dumps(stated, ensure_ascii=False, default=str)[:60]}; cora trains all of an answer or nothing of it: write "
                 '"weight": 1 or 0 in its place'
             )
     marks = {name: mark for name in _TRAINED if (mark := _mark(message.get(name))) is not None}
