@@ -42,8 +42,9 @@ _ENTRIES = ("state_dict", "model", "model_state_dict", "module")
 class Checkpoint:
     """Maps each tensor of a model or adapter to its file.
 
-    `shapes` maps each tensor's name to its shape, `types` to the name of its torch type. Raises `CoraError` naming the file if one is missing, truncated, or a pickle
-    that contains more than tensors, and where a wrapper of the training has renamed the tensors.
+    `shapes` maps each tensor's name to its shape, `types` to the name of its torch type. `missing` maps the tensors that the index lists and no file
+    holds to the file that it names: a converter that stores a tied head once may still list it. Raises `CoraError` naming the file if one is missing,
+    truncated, or a pickle that contains more than tensors, and where a wrapper of the training has renamed the tensors.
     """
 
     def __init__(self, model: ModelPath) -> None:
@@ -66,9 +67,8 @@ class Checkpoint:
                         f"save it again from the model inside ({wrapper})"
                     )
                 self.shapes[name], self.types[name], self.files[name] = shape, kind, file
-        for name, promised_file in ({} if model.is_adapter else model.weight_index()).items():
-            if name not in self.shapes:
-                raise CoraError(f"the index of {model.path} lists {name} in {promised_file}, but that file does not contain it")
+        promised = {} if model.is_adapter else model.weight_index()
+        self.missing = {name: file for name, file in promised.items() if name not in self.shapes}
 
     def read(self, name: str) -> torch.Tensor:
         """A copy of tensor `name` in its stored type and shape."""

@@ -113,7 +113,11 @@ def _faults(skeleton: Skeleton, checkpoint: Checkpoint, others: frozenset[str]) 
 
 def _faults_of_unknown(checkpoint: Checkpoint) -> dict[str, str]:
     """What keeps weights from being read of a model whose configuration transformers does not know."""
-    found = {}
+    found = {
+        key.removesuffix(".weight"): f"the index lists {key} in {file}, but that file does not contain it"
+        for key, file in checkpoint.missing.items()
+        if key.endswith(".weight")
+    }
     for key, shape in checkpoint.shapes.items():
         if key.endswith(".weight") and (fault := type_fault(checkpoint.types[key], key)):
             found[key.removesuffix(".weight")] = fault

@@ -4,6 +4,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,14 +136,49 @@ def test_a_missing_shard_is_refused_by_name(layouts, tmp_path):
         Checkpoint(local(directory))
 
 
-def test_a_tensor_that_the_index_promises_and_no_shard_holds_is_refused(layouts, tmp_path):
+def test_a_tensor_that_the_index_promises_and_no_shard_holds_is_missing(layouts, tmp_path):
     directory = shutil.copytree(layouts["sharded"], tmp_path / "m")
     index = directory / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    content["weight_map"]["ghost.weight"] = next(iter(content["weight_map"].values()))
+    file = next(iter(content["weight_map"].values()))
+    content["weight_map"]["ghost.weight"] = file
     index.write_text(json.dumps(content))
-    with pytest.raises(CoraError, match=r"ghost\.weight"):
-        Checkpoint(local(directory))
+    assert Checkpoint(local(directory)).missing == {"ghost.weight": file}
+    assert Checkpoint(local(layouts["sharded"])).missing == {}
+
+
+@pytest.mark.parametrize("own_code", [False, True])
+def test_a_weight_that_the_index_promises_and_no_shard_holds_is_refused_where_it_is_needed(own_code, layouts, tmp_path):
+    directory = shutil.copytree(layouts["sharded"], tmp_path / "m")
+    index, name = directory / "model.safetensors.index.json", "model.layers.1.self_attn.o_proj.weight"
+    file = directory / json.loads(index.read_text())["weight_map"][name]
+    save_file({key: value for key, value in load_file(file).items() if key != name}, file, metadata={"format": "pt"})
+    if own_code:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, "model_type": "own"}))
+    fault = (
+        f"the index lists {name} in {file.name}" if own_code else "its files hold no weight for model.layers.1.self_attn.o_proj"
+    )
+    assert fault in open_source(local(directory)).faults[name.removesuffix(".weight")]
+    if not own_code:
+        with pytest.raises(CoraError, match=f"incomplete: 1 weights .*{re.escape(name)}"):
+            load_model(local(directory), torch.float32, torch.device("cpu"), None)
+
+
+def test_an_index_may_list_a_tied_head_that_no_shard_holds(tiny_model, tmp_path):
+    """The converter of the hub stores weights that are one once, and lists both."""
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "m"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = load_file(directory / "model.safetensors")
+    tensors.pop("lm_head.weight", None)
+    (directory / "model.safetensors").unlink()
+    save_file(tensors, directory / "a.safetensors", metadata={"format": "pt"})
+    places = dict.fromkeys([*tensors, "lm_head.weight"], "a.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    loaded: Any = load_model(local(directory), torch.float32, torch.device("cpu"), None)
+    assert torch.equal(loaded.lm_head.weight, tensors["model.embed_tokens.weight"])
+    assert torch.equal(open_source(local(directory)).read("lm_head"), tensors["model.embed_tokens.weight"])
 
 
 def test_an_index_that_points_outside_its_directory_is_refused(layouts, tmp_path):
