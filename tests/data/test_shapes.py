@@ -228,7 +228,7 @@ def test_the_marks_of_other_programs_say_whether_an_answer_is_trained(mark, no, 
     assert [message.get("weight") for message in record["messages"]] == [None, 0, None, None]
     assert [len(turn["messages"]) for turn in turns(record, schema)] == [4]
     assert all(message.keys() <= {"role", "content", "weight"} for message in record["messages"][1::2])
-    with pytest.raises(CoraError, match="line 1: the last answer has the weight 0"):
+    with pytest.raises(CoraError, match="line 1: the last answer is marked as not trained"):
         load_records(jsonl(tmp_path / "b.jsonl", {"messages": [question, first]}))
     with pytest.raises(CoraError, match=f"message 2, has {mark}, weight, of which one says that it is trained and another"):
         load_records(jsonl(tmp_path / "c.jsonl", {"messages": [question, first | {"weight": 1}]}))
@@ -237,7 +237,7 @@ def test_the_marks_of_other_programs_say_whether_an_answer_is_trained(mark, no, 
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (0, "line 1: the last answer has the weight 0"),
+        (0, "line 1: the last answer is marked as not trained"),
         (0.5, "line 1: a message has the weight 0.5; known are 0 and 1"),
         ("1", 'the weight "1"'),
     ],

@@ -132,8 +132,8 @@ def _checked(record: Raw, shape: Shape, raw: Raw, where: str) -> Record:
         checked["messages"] = [_weighed(message, where) for message in record["messages"]]
         if answer_weight(checked["messages"][-1]) == 0:
             raise CoraError(
-                f"{where}: the last answer has the weight 0, so nothing of this record would be trained or compared; leave it out, or end it with "
-                "an answer that counts"
+                f"{where}: the last answer is marked as not trained (the weight 0, or a mark such as `train: false`), so nothing of this record would be "
+                "trained or compared; leave it out, or end it with an answer that counts"
             )
         for name in TEMPLATE_COLUMNS:
             if name in record:
