@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 import tokenize
@@ -126,11 +127,28 @@ def _ruff(programs: Sequence[str]) -> list[int]:
         say("ruff is not installed, so its findings are not among the readability proxies; `pip install ruff` adds them")
         return []
     with temporary_directory("ruff") as folder:
-        for place, program in enumerate(programs):
-            (folder / f"program_{place}.py").write_text(program, encoding="utf-8", errors="replace")
-        command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--ignore-noqa", "--exit-zero", "--quiet"]
-        command += ["--select", RULES, "--output-format", "json", str(folder)]
-        ended = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+        names = [f"program_{place}.py" for place in range(len(programs))]
+        for name, program in zip(names, programs, strict=True):
+            (folder / name).write_text(program, encoding="utf-8", errors="replace")
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "ruff",
+            "check",
+            "--isolated",
+            "--no-cache",
+            "--ignore-noqa",
+            "--exit-zero",
+            "--quiet",
+        ]
+        # Each file by name, since ruff passes over those that a .gitignore above the folder covers.
+        command += ["--select", RULES, "--output-format", "json", *names]
+        # Variables such as RUFF_OUTPUT_FILE stand for options.
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("RUFF_")}
+        ended = subprocess.run(
+            command, cwd=folder, env=variables, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
         if ended.returncode:
             raise CoraError(f"ruff failed: {ended.stderr.strip()[:200]}")
         found = [int(Path(finding["filename"]).stem.removeprefix("program_")) for finding in json.loads(ended.stdout)]

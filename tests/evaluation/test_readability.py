@@ -1,4 +1,5 @@
 import ast
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,14 @@ def test_proxies_are_ratios_of_sums_over_answers_that_parse():
     assert values["names"] == 2 / 5  # mean, numbers; F, x, i
     assert values["ruff_findings"] == pytest.approx(100 * 2 / 11)  # an unused import, and a name in capitals
     assert {name: proxy["n"] for name, proxy in found.items()} == dict.fromkeys(found, 2) | {"parses": 3}
+
+
+def test_ruff_counts_whatever_lies_around_the_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".gitignore").write_text("*\n")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("RUFF_OUTPUT_FILE", str(tmp_path / "elsewhere.json"))
+    assert readability.readability([[POOR]], 100, 0)["ruff_findings"]["value"] == pytest.approx(100 * 2 / 5)
 
 
 def test_without_ruff_its_findings_are_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
