@@ -308,11 +308,12 @@ class _Cached:
 def squeue() -> dict[str, str]:
     """State by id of every job of this user that Slurm knows, including recently ended ones. Needs no Slurm accounting.
 
-    Raises `CoraError` if squeue keeps failing.
+    The user's own filters for squeue, such as SQUEUE_PARTITION, do not count. Raises `CoraError` if squeue keeps failing.
     """
     command = ["squeue", "--me", "--noheader", "--states=all", "--format=%i %T"]
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     for attempt in range(5):
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        answer = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
         if answer.returncode == 0:
             return dict(line.split(maxsplit=1) for line in answer.stdout.splitlines() if line.strip())
         time.sleep(2**attempt)  # the controller may be restarting

@@ -211,6 +211,12 @@ def test_the_queue_is_read_for_all_jobs_at_once(fake_squeue: Path) -> None:
     assert squeue() == {"7": "RUNNING", "12": "CANCELLED"}
 
 
+def test_filters_of_the_user_hide_no_job(fake_squeue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SQUEUE_PARTITION", "gpu")
+    fake_squeue.write_text("#!/bin/sh\n[ -z \"$SQUEUE_PARTITION\" ] && printf '7 RUNNING\\n' || true\n")
+    assert squeue() == {"7": "RUNNING"}
+
+
 def test_a_failing_squeue_is_an_error_that_says_the_jobs_continue(fake_squeue: Path) -> None:
     fake_squeue.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
     with pytest.raises(CoraError, match="Unable to contact slurm controller; the jobs continue"):
