@@ -174,8 +174,9 @@ def split_tokens(rendered: Rendered, tokenizer: Any) -> tuple[list[int], list[in
     the model would generate. Otherwise each is tokenized on its own, the response as text that follows another.
     """
     prompt = encode_prompt(rendered, tokenizer)
-    continuation = _continuation(rendered, prompt, tokenizer)
-    response = _tokens_within(rendered.response, tokenizer) if continuation is None else continuation
+    response = continuation(rendered, prompt, tokenizer)
+    if response is None:
+        response = tokens_within(rendered.response, tokenizer)
     end = [tokenizer.eos_token_id if rendered.end is None else rendered.end]
     ended = response if response[-1:] == end else response + end  # the data may already contain the end token
     return prompt, ended if rendered.closing is None else [*ended, rendered.closing]
@@ -183,11 +184,11 @@ def split_tokens(rendered: Rendered, tokenizer: Any) -> tuple[list[int], list[in
 
 def continues_prompt(rendered: Rendered, tokenizer: Any) -> bool:
     """Whether the tokens of the response are those of a text that begins with the prompt (see `split_tokens`)."""
-    return _continuation(rendered, encode_prompt(rendered, tokenizer), tokenizer) is not None
+    return continuation(rendered, encode_prompt(rendered, tokenizer), tokenizer) is not None
 
 
-def _continuation(rendered: Rendered, prompt: list[int], tokenizer: Any) -> list[int] | None:
-    """The tokens of the response in one text with the prompt, None if the boundary between them falls within a token."""
+def continuation(rendered: Rendered, prompt: list[int], tokenizer: Any) -> list[int] | None:
+    """The tokens of the response in one text with the `prompt`, whose tokens these are; None if the boundary between them falls within a token."""
     joined = encode_prompt(dataclasses.replace(rendered, prompt=rendered.prompt + rendered.response), tokenizer)
     return joined[len(prompt) :] if joined[: len(prompt)] == prompt else None
 
@@ -210,18 +211,23 @@ def shorten_prompt(prompt: list[int], room: int, tokenizer: Any) -> list[int]:
     return start + prompt[len(prompt) - room + len(start) :]
 
 
-def _tokens(text: str, tokenizer: Any) -> list[int]:
+def _tokens(text: str, tokenizer: Any, as_text: bool = False) -> list[int]:
     try:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(
+            tokenizer(text, add_special_tokens=False, **({"split_special_tokens": True} if as_text else {}))["input_ids"]
+        )
     except Exception as error:  # the tokenizers raise bare exceptions, such as for a character that none of their tokens has
         raise CoraError(f"the tokenizer cannot turn the text {text[:60]!r} into tokens: {reason(error)}") from error
 
 
-def _tokens_within(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text that follows another one: without the space that some tokenizers put before the first word of a text."""
+def tokens_within(text: str, tokenizer: Any, as_text: bool = False) -> list[int]:
+    """The tokens of a text that follows another one: without the space that some tokenizers put before the first word of a text.
+
+    With `as_text`, what spells a control token is text.
+    """
     line = _tokens_if_known("\n", tokenizer)
-    behind_line = _tokens(f"\n{text}", tokenizer) if line else []
-    return behind_line[len(line) :] if line and behind_line[: len(line)] == line else _tokens(text, tokenizer)
+    behind_line = _tokens(f"\n{text}", tokenizer, as_text) if line else []
+    return behind_line[len(line) :] if line and behind_line[: len(line)] == line else _tokens(text, tokenizer, as_text)
 
 
 def _tokens_if_known(text: str, tokenizer: Any) -> list[int]:

@@ -1,11 +1,12 @@
 """A judge that is a model on this machine, decoded greedily."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 from cora_cli.data.chat import ChatTemplate, UnsteadyTemplate
-from cora_cli.data.encode import check_rows, encode_prompt
+from cora_cli.data.encode import check_rows, continuation, encode_prompt, tokens_within
 from cora_cli.data.templates import Rendered, Template, reads_clock
 from cora_cli.device import select_hardware
 from cora_cli.errors import CoraError, reason
@@ -45,9 +46,10 @@ class LocalJudge:
                 f"--template-date has no effect: the chat template of {self._model.reference} writes no date; leave it out"
             )
         self._date = config.template_date or date or today()
-        if self._tokenizer.chat_template:
+        self._chat = ChatTemplate(self._tokenizer, self._date) if self._tokenizer.chat_template else None
+        if self._chat is not None:
             # Those that the tokenizer does not call special would not be split in a message.
-            control = ChatTemplate(self._tokenizer, self._date).control
+            control = self._chat.control
             own = [token.content for token in self._tokenizer.added_tokens_decoder.values() if not token.special]
             self._tokenizer.add_tokens([text for text in own if text in control], special_tokens=True)
         self.identity = {
@@ -105,13 +107,21 @@ class LocalJudge:
                 )
 
     def _encode(self, message: str, opening: str = "") -> list[int]:
-        """The tokens of a conversation with this message, whose text is never taken for control tokens, and of the reply's opening."""
-        text = message if self._tokenizer.chat_template else f"{message}\n\n"
+        """The tokens of a conversation with this message, and of the reply's opening, as those of one text; what spells a control token in the message
+        is text.
+        """
         before, after = self._around
-        shown, begun = (
-            self._tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"] for part in (text, opening)
-        )
-        return [*before, *shown, *after, *begun]
+        shown = self._shown(message)
+        # The template may leave out spaces around the message.
+        asked = shown[len(before) : len(shown) - len(after)]
+        rendered = Rendered(shown, opening, special_tokens=self._chat is None)
+        prompt, begun = encode_prompt(rendered, self._tokenizer), None
+        if (text := tokens_within(asked, self._tokenizer, as_text=True)) == tokens_within(asked, self._tokenizer):
+            begun = continuation(rendered, prompt, self._tokenizer)
+        else:
+            start = encode_prompt(dataclasses.replace(rendered, prompt=before), self._tokenizer)
+            prompt = [*start, *text, *tokens_within(after, self._tokenizer)]
+        return [*prompt, *(tokens_within(opening, self._tokenizer) if begun is None else begun)]
 
     @cached_property
     def _ends(self) -> set[int]:
@@ -121,22 +131,27 @@ class LocalJudge:
         return Template("chat", "messages", self._tokenizer).ends
 
     @cached_property
-    def _around(self) -> tuple[list[int], list[int]]:
-        """The tokens that the chat template puts before and after a message; without one, the tokenizer's start tokens."""
-        if not self._tokenizer.chat_template:
-            return encode_prompt(Rendered("", "", special_tokens=True), self._tokenizer), []
-        conversation = [{"role": "user", "content": _PLACE}]
+    def _around(self) -> tuple[str, str]:
+        """What stands before and after a message."""
+        shown = self._shown(_PLACE)
+        if (count := shown.count(_PLACE)) != 1:
+            raise CoraError(
+                f"the chat template of {self._model.reference} writes the message of the user {count} times, not once; use another judge"
+            )
+        before, after = shown.split(_PLACE)
+        return before, after
+
+    def _shown(self, message: str) -> str:
+        """The text of a conversation with this message, up to the reply."""
+        if self._chat is None:
+            return f"{message}\n\n"
         whose = f"the chat template of {self._model.reference}"
         try:
             with bounded(whose):
-                shown = ChatTemplate(self._tokenizer, self._date).apply(conversation, {}, add_generation_prompt=True)
+                return self._chat.apply([{"role": "user", "content": message}], {}, add_generation_prompt=True)
         except CoraError:
             raise
         except UnsteadyTemplate as error:
             raise CoraError(f"{whose} {error}") from error
         except Exception as error:  # templates raise what they like
             raise CoraError(f"{whose} refuses a message of the user: {reason(error)}") from error
-        if (count := shown.count(_PLACE)) != 1:
-            raise CoraError(f"{whose} writes the message of the user {count} times, not once; use another judge")
-        before, after = (self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in shown.split(_PLACE))
-        return before, after
