@@ -23,7 +23,7 @@ _MORE_THAN_LORA = (
         "layer_replication",
         "target_parameters",
     ),
-    *("kasa_config", "monteclora_config", "lora_bias", "trainable_token_indices", "modules_to_save"),
+    *("kasa_config", "monteclora_config", "velora_config", "lora_bias", "trainable_token_indices", "modules_to_save"),
 )
 """Settings of PEFT with which an adapter is more than pairs of A and B; a program that does not know one leaves it out."""
 

@@ -26,6 +26,7 @@ from cora_cli.adapters.facts import read_facts
 from cora_cli.adapters.loading import check_basis, check_rank, load_adapter, split_as_trained
 from cora_cli.adapters.merge import CannotMerge, merged_into_base, no_change_of_weights
 from cora_cli.adapters.names import names_of, renamed
+from cora_cli.adapters.peft_settings import OF_TRAINING
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.rows import embedding_rows, say_tokens_without_rows
 from cora_cli.adapters.storage import PREFIX, WEIGHTS_FILE, order_names, plain_factors
@@ -41,6 +42,8 @@ from cora_cli.models.references import location
 from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
 from cora_cli.models.trained_on import carry_record
 
+_NO_LORAS = {"use_dora": "DoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA"}
+"""Settings of PEFT's LoRA with which W changes by more, or by other factors, than s·B·A, and the methods that they choose."""
 _NEGLIGIBLE = 1e-6
 """Singular values of ΔW below this fraction of the largest are rounding errors of its float32 factors."""
 
@@ -121,10 +124,13 @@ def _as_lora(
             f"{adapter.reference} subtracts its start ({config.init_lora_weights}) from the weight of {shared}, which other layers share, so no LoRA on "
             "the base is equivalent; `cora merge` writes it as a plain model"
         )
-    if ours is not None and is_lora and not config.use_dora:
+    other = next((name for name in _NO_LORAS if is_lora and getattr(config, name)), None)
+    if ours is not None and is_lora and other is None:
         state = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
         state |= _complete(wrapped, stored)
+        state = {key: tensor for key, tensor in state.items() if not OF_TRAINING.search(key)}
         config = copy.copy(config)
+        config.monteclora_config = config.velora_config = None
         # The factors of a parameter, such as fused experts, are those of all its matrices, and no LoRA of a layer.
         if not config.target_parameters and (before or config.rank_pattern or config.alpha_pattern):
             return config, _with_one_scale(wrapped, config, state, before), {}
@@ -134,8 +140,10 @@ def _as_lora(
             f"adapter {adapter.reference} cannot be exported: {why}; `cora evaluate`, on transformers, evaluates it as it is"
         )
     method = config.peft_type.value
-    if is_lora:
-        method = "DoRA" if facts is None or config.use_dora else f"mode {facts.plan.mode}"
+    if other is not None:
+        method = _NO_LORAS[other]
+    elif is_lora and facts is not None:
+        method = f"mode {facts.plan.mode}"
     none = f"{adapter.reference} uses {method}, which has no equivalent LoRA"
     # PEFT does not convert AdaLoRA, although its B·diag(E)·A is a LoRA, pruned or not.
     converts = wrapped.supports_lora_conversion() or isinstance(config, AdaLoraConfig)

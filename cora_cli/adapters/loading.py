@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from cora_cli import writing
 from cora_cli.adapters.elsewhere import start_that_changes_base
-from cora_cli.adapters.experts import joined, of_all_experts, of_one_scale, unchanged_experts
+from cora_cli.adapters.experts import joined, names_kept, of_all_experts, of_one_scale, unchanged_experts
 from cora_cli.adapters.facts import COMPACT_FILE, AdapterFacts, read_facts, starting_b
 from cora_cli.adapters.install import apply_trained_set, install_adapter
 from cora_cli.adapters.names import config_by_names, module_of, names_of, of_left_out_parts, renamed
@@ -70,7 +70,7 @@ def load_adapter(
     split_as_trained(model, adapter, facts)
     check_patterns(model, adapter)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), names_kept():
             # PEFT only warns of missing keys; `_check_arrived` turns that into an error.
             warnings.simplefilter("ignore")
             if facts is not None and facts.compact:
@@ -280,13 +280,13 @@ def changes_model(model: PeftModel) -> bool:
     layers = [layer for _, layer in lora_layers(model)]
     scaled = [layer for layer in layers if layer.scaling[ADAPTER]]
     pairs = [factors_of(layer) for layer in scaled if ADAPTER in layer.lora_A]
-    matrices = [(a, b) for a, b in pairs if a.ndim == 2]
+    matrices = [(a, b) for a, b in pairs if a.ndim == 2 and b.shape[1] == len(a)]  # BD-LoRA's blocks have other shapes
     changed = not layers or len(matrices) < len(scaled)
     return changed or any(bool((b.detach().float() @ a.detach().float()).any()) for a, b in matrices)
 
 
 def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: ModelPath) -> None:
-    """Raise `CoraError` for a tensor that the model lacks or does not take, or that is not finite.
+    """Raise `CoraError` for a tensor that the model lacks or does not take, or takes otherwise than it is stored, or that is not finite.
 
     PEFT may or may not store the embeddings next to the adapter of an embedding.
     """
@@ -314,6 +314,9 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
                 lost = [min(single.keys() - state.keys()), *lost[1:]]
                 kind = f"is of a single expert, which PEFT does not join with the others for {taken}; {remedy}"
         raise CoraError(f"adapter {adapter.path}: {len(lost)} keys do not fit the model, the first, {lost[0]}, {kind}")
+    for key in sorted(expected) if isinstance(wrapped.active_peft_config, LoraConfig) else ():
+        if not torch.equal(factors[key], state[key].to(factors[key])):
+            raise CoraError(f"adapter {adapter.path}: PEFT does not load {key} as it is stored")
 
 
 def _load_own(model: PreTrainedModel, adapter: ModelPath, facts: AdapterFacts, trainable: bool) -> PeftModel:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from cora_cli.adapters.experts import names_kept
 from cora_cli.adapters.install import AngleMeter, apply_trained_set
 from cora_cli.adapters.storage import make_room
 from cora_cli.data.batches import GHOST, BatchForm, Collator, ExampleSet, GlobalBatches
@@ -204,7 +205,8 @@ class CoraTrainer(Trainer):
             return
         if isinstance(self.model, PeftModel):
             make_room(self.model, Path(resume_from_checkpoint))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with names_kept():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def before_step(self) -> None:
         """Let the method prepare the optimizer step that begins."""

@@ -17,7 +17,13 @@ from cora_cli import hashing, rundir
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts, starting_b
 from cora_cli.adapters.loading import check_start
-from cora_cli.adapters.peft_settings import DEFAULT_ALPHA, pattern_value, say_other_weight_files, say_unknown_settings
+from cora_cli.adapters.peft_settings import (
+    DEFAULT_ALPHA,
+    OF_TRAINING,
+    pattern_value,
+    say_other_weight_files,
+    say_unknown_settings,
+)
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import check_is_complete
 from cora_cli.errors import CoraError, reason
@@ -44,7 +50,6 @@ _OTHER_FORMS = (
     "alora_invocation_tokens",
     "layer_replication",
     "kasa_config",
-    "monteclora_config",
 )
 _NEVER_MERGED = ("use_qalora", "arrow_config", "alora_invocation_tokens")
 """Those whose change depends on the input, or that PEFT cannot add to a weight."""
@@ -79,8 +84,9 @@ class AdapterFactors:
         self._scale: dict[str, float] = {}
         self._keys: dict[str, dict[str, str]] = {}
         self._stored_as: dict[str, str] = {}
-        for key, shape in self.checkpoint.shapes.items():
-            if (found := _WRAPPED_KEY.match(key)) and f"{found['module']}.weight" in self.checkpoint.shapes:
+        stored = {key: shape for key, shape in self.checkpoint.shapes.items() if not OF_TRAINING.search(key)}
+        for key, shape in stored.items():
+            if (found := _WRAPPED_KEY.match(key)) and f"{found['module']}.weight" in stored:
                 continue
             if found := _ADAPTER_KEY.match(key):
                 self._keys.setdefault(found["module"], {})[found["matrix"]] = key

@@ -8,6 +8,7 @@ import torch
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
@@ -23,6 +24,7 @@ from cora_cli.errors import CoraError
 from cora_cli.models.loading import load_model
 from cora_cli.models.references import resolve_model
 from cora_cli.weights.sources import open_source
+from tests.training.families import COMMON, EXPERTS
 
 IDS = torch.tensor([[1, 5, 9, 7, 3, 2]])
 
@@ -59,6 +61,28 @@ def test_an_adapter_with_the_names_of_an_earlier_transformers_is_read_as_peft_lo
     before, after = open_source(old), open_source(new)
     assert before.shapes == after.shapes
     assert all(torch.equal(before.read(module), after.read(module)) for module in after.shapes)
+
+
+@pytest.fixture
+def laguna(tmp_path) -> Path:
+    """A model of a family in which transformers' rule for a name in files, `shared_expert.`, fits one in the model, `shared_experts`."""
+    torch.manual_seed(0)
+    settings = {**COMMON, **EXPERTS, "num_attention_heads_per_layer": None, "mlp_layer_types": ["sparse", "sparse"]}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("laguna", **settings)).save_pretrained(tmp_path / "laguna")
+    return tmp_path / "laguna"
+
+
+def test_a_name_of_the_model_that_a_rule_for_names_in_files_fits_is_kept(laguna, tmp_path):
+    config = LoraConfig(
+        r=2, target_modules=["q_proj", "shared_experts.down_proj"], init_lora_weights=False, base_model_name_or_path=str(laguna)
+    )
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(laguna), config)
+    trained.save_pretrained(tmp_path / "adapter")
+    expected = logits(trained.eval())
+    adapter = resolve_model(str(tmp_path / "adapter"))
+    assert torch.equal(logits(load_adapter(load(laguna), adapter)), expected)
+    merge_adapter(adapter, tmp_path / "merged")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected)
 
 
 @pytest.mark.parametrize("named", ["gpt2", "gemma3", "gemma3 as before"])

@@ -7,13 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, get_peft_model
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    BdLoraConfig,
+    KasaConfig,
+    LoraConfig,
+    MontecloraConfig,
+    PeftModel,
+    PeftType,
+    VeloraConfig,
+    get_peft_model,
+)
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from cora_cli.adapters.elsewhere import is_plain_lora
 from cora_cli.cli import app
+from cora_cli.models.references import resolve_model
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
+from cora_cli.weights.sources import open_source
 
 KINDS: dict[str, dict[str, Any]] = {
     "pissa": {"mode": "pissa"},
@@ -79,12 +93,17 @@ def test_the_exported_lora_has_the_effect_of_the_run_in_plain_peft(
         ("OSF", {}),
         ("LN_TUNING", {}),
         ("DoRA", {"use_dora": True}),
+        ("KaSA", {"kasa_config": KasaConfig()}),
+        (
+            "BD-LoRA",
+            {"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=2)},
+        ),
     ],
 )
 def test_a_method_of_which_peft_makes_no_lora_is_refused_by_its_name(
     method: str, options: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType("LORA" if method == "DoRA" else method)]
+    config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType("LORA" if method in ("DoRA", "KaSA", "BD-LoRA") else method)]
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     get_peft_model(base, config(target_modules=["q_proj", "v_proj"], **options)).save_pretrained(tmp_path / "adapter")
     result = cora("export", tmp_path / "adapter", "-o", tmp_path / "lora")
@@ -94,6 +113,23 @@ def test_a_method_of_which_peft_makes_no_lora_is_refused_by_its_name(
     )
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("options", [{"velora_config": VeloraConfig()}, {"monteclora_config": MontecloraConfig(num_samples=2)}])
+def test_what_acts_in_training_alone_is_no_part_of_a_lora(options: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    base: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], init_lora_weights=False, base_model_name_or_path=str(tiny_model), **options
+    )
+    wrapped = get_peft_model(base, config).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    wanted = wrapped.merge_and_unload().model.layers[0].self_attn.q_proj.weight.double()
+    source = open_source(resolve_model(str(tmp_path / "adapter")))
+    torch.testing.assert_close(source.read("model.layers.0.self_attn.q_proj"), wanted, rtol=0, atol=1e-6)
+    assert cora("export", tmp_path / "adapter", "-o", tmp_path / "lora").exit_code == 0
+    assert is_plain_lora(resolve_model(str(tmp_path / "lora")))
+    exported = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {key.split(".")[-2] for key in exported} == {"lora_A", "lora_B"}
 
 
 @pytest.mark.parametrize(("method", "options"), [("LILY", {"stride_A": 1, "num_B": 2}), ("BEFT", {})])

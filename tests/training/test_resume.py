@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
@@ -21,6 +21,7 @@ from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
 from tests.methods.helpers import older_factors
 
+from .families import COMMON, EXPERTS
 from .helpers import KILLED, RunProcess, assert_b_is_basis, checkpoint_names, config_for, log_lines, record_of
 
 STEPS = 14
@@ -245,6 +246,28 @@ def test_a_run_of_lora_xs_goes_on_with_the_factors_in_its_checkpoint(
     train(replace(config, resume=True))
     found, wanted = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "expected"))
     assert all(torch.allclose(found[key], wanted[key], atol=1e-7) for key in wanted)
+
+
+def test_a_run_goes_on_with_layers_whose_names_a_rule_for_names_in_files_fits(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """PEFT would rename Laguna's `shared_experts`, and so drop their factors in a checkpoint."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    settings = {**COMMON, **EXPERTS, "num_attention_heads_per_layer": None, "mlp_layer_types": ["sparse", "sparse"]}
+    base = AutoConfig.for_model("laguna", **settings | {"vocab_size": len(tokenizer), "max_position_embeddings": 512})
+    AutoModelForCausalLM.from_config(base).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = config_for(
+        tmp_path / "model", tiny_data, tmp_path / "run", target_modules=("shared_experts.down_proj",), max_steps=4, save_steps=2
+    )
+    train(config)
+    wanted = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    for name in ("adapter", "checkpoints/checkpoint-4"):
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record_of(tmp_path / "run"), "status": "running"}))
+    train(replace(config, resume=True))
+    found = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize("what", ["model", "data", "basis"])
