@@ -25,6 +25,7 @@ from cora_cli.evaluation.mixture import mixture, share_equal_weights
 from cora_cli.evaluation.sampling import Sampling
 from cora_cli.evaluation.targets import Target
 from cora_cli.evaluation.vllm import VllmEngine, engine_arguments
+from cora_cli.methods.parts.layers import has_invocation
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import context_length, load_model
 from cora_cli.models.model_path import ModelPath
@@ -131,6 +132,10 @@ def _member(model: Any, target: Target) -> Any:
         kind = model.active_peft_config.peft_type.value
         raise CoraError(
             f"{target.name} cannot be averaged with others: its adapter ({kind}) changes the input, not the weights"
+        )
+    if has_invocation(model):
+        raise CoraError(
+            f"{target.name} cannot be averaged with others: its adapter changes only the tokens from its invocation on (aLoRA)"
         )
     return model.get_base_model()
 

@@ -19,9 +19,10 @@ from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.agreement import Agreement
 from cora_cli.evaluation.decode import PooledDecoder, Tokens, unsupported
+from cora_cli.evaluation.mixture import reads_anew
 from cora_cli.evaluation.processes import ALONE, Processes
 from cora_cli.evaluation.sampling import Draws, Finite, Sampling
-from cora_cli.methods.parts.layers import transformers_model
+from cora_cli.methods.parts.layers import has_invocation, transformers_model
 from cora_cli.models.configuration import depends_on_batch, rope_switch
 from cora_cli.models.model_path import ModelPath
 from cora_cli.progress import progress, say
@@ -169,6 +170,8 @@ def transformers_engine(
         agreement.require_finite()
     agreement = agreements[0]
     probes = agreement.probes
+    if has_invocation(model):  # the probes may hold none, so that both ways would agree on them
+        why = why or "its adapter changes only the tokens from its invocation on (aLoRA)"
     why = why or unsupported(model, max(map(len, prompts)) + max_new_tokens)
     if why is None:
         fault = agreement.fault(lambda: PooledDecoder(model, probes, ends, len(probes), 1).logits(probes, agreement.following))
@@ -361,7 +364,9 @@ class BatchedGenerate:
         own = [place.generation_config for place in places]
         # Replace the model's configuration: it may sample or penalize repetition, and `generate` fills unset options from it.
         for place in places:
-            place.generation_config = GenerationConfig(do_sample=False, pad_token_id=self._pad, use_cache=True, **settings)
+            place.generation_config = GenerationConfig(
+                do_sample=False, pad_token_id=self._pad, use_cache=not reads_anew(model), **settings
+            )
         try:
             return model.generate(
                 input_ids=ids.to(model.device),

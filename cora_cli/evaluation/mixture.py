@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 
 _CACHES = ("past_key_values", "cache_params")
 """What transformers calls the state that a forward pass continues, by family."""
+_NO_OBJECTS = frozenset({"state", "mems", "past_buckets_states"})
+"""The same of RWKV, XLNet and Reformer, whose states are lists, which nothing tells apart."""
 
 
 def mixture(members: Sequence[Any]) -> Any:
@@ -44,7 +47,13 @@ def mixture(members: Sequence[Any]) -> Any:
         return output
 
     first.forward = forward
+    first.reads_anew = not _NO_OBJECTS.isdisjoint(inspect.signature(alone).parameters)
     return first
+
+
+def reads_anew(model: Any) -> bool:
+    """Whether a model must read all tokens in each pass, as a mixture of models whose states it cannot keep apart."""
+    return getattr(model, "reads_anew", False)
 
 
 def share_equal_weights(model: Any, other: Any) -> None:

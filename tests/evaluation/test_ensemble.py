@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from cora_cli.adapters.loading import load_adapter
 from cora_cli.errors import CoraError, UsageError
@@ -88,12 +96,17 @@ def test_it_answers_with_the_most_likely_token_of_the_mean(members: tuple[Path, 
     assert clear > 10
 
 
-@pytest.mark.parametrize("family", ["mamba", "gpt2"])
+@pytest.mark.parametrize("family", ["mamba", "gpt2", "rwkv"])
 def test_members_of_other_families_keep_states_of_their_own(family: str):
     def made(seed: int):
         torch.manual_seed(seed)
         if family == "gpt2":
             return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300, initializer_range=0.5)).eval()
+        if family == "rwkv":  # whose state is a list
+            model = RwkvForCausalLM(RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=300)).eval()
+            for weight in model.parameters():
+                weight.data += 0.5 * torch.randn_like(weight)
+            return model
         config = MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, vocab_size=300, initializer_range=0.5)
         return MambaForCausalLM(config).eval()
 

@@ -318,6 +318,33 @@ def test_a_model_with_an_adapter_of_its_input_answers_as_its_forward_pass_does(k
     assert base.generation_config is own
 
 
+def test_an_activated_lora_answers_as_its_forward_pass_does(tiny_model: Path):
+    """It changes the tokens from its invocation, here 100 and 7, on; the prompts that compare the ways of decoding need not hold one."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    config = LoraConfig(
+        r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[100, 7]
+    )
+    tuned = get_peft_model(base, config).eval()
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    prompts = [[5, 9, 40, 77, 12, 13, 14, 15], [8, 3], [21, 30, 100, 7, 12], [5, 100, 7], [9, 9, 9, 100, 7, 8, 3]]
+
+    def alone(prompt: list[int]) -> list[int]:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            for _ in range(4):
+                ids = torch.cat([ids, tuned(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        return ids[0, len(prompt) :].tolist()
+
+    answers = [alone(prompt) for prompt in prompts]
+    engine = transformers_engine(tuned, Numbers(), [UNUSED], prompts, 5, 4)
+    assert engine.answer(prompts, lambda: None) == answers
+    with tuned.disable_adapter():
+        assert [alone(prompt) == answer for prompt, answer in zip(prompts, answers, strict=True)] == [True, True, *3 * [False]]
+
+
 @pytest.mark.parametrize("sampling", [None, Sampling(0.8, 0)])
 def test_logits_that_are_no_numbers_give_no_token_at_any_step(sampling, tiny_model: Path):
     damaged = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()

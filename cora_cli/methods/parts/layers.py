@@ -65,6 +65,11 @@ def transformers_model(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def has_invocation(model: Any) -> bool:
+    """Whether the model has an activated LoRA (aLoRA), which changes the tokens from its invocation on; only PEFT's own passes know where that is."""
+    return bool(isinstance(model, PeftModel) and getattr(model.active_peft_config, "alora_invocation_tokens", None))
+
+
 def without_cache(model: Any) -> dict[str, bool]:
     """The argument by which the model's forward pass keeps no keys and values; none where it takes no such argument, as with a model's own code."""
     taken = inspect.signature(transformers_model(model).forward).parameters
