@@ -15,22 +15,23 @@ from cora_cli.evaluation.sampling import best_tokens
 from cora_cli.methods.parts.layers import transformers_model
 from cora_cli.models.causality import require_causal_pass
 from cora_cli.models.configuration import length_limits
+from cora_cli.models.loading import hides_context
 from cora_cli.models.precision import UNSUPPORTED, computing_in, rounds_by_rows
 
 TOLERANCES = {torch.float32: 1e-4, None: 5e-2}
 """The largest mean difference of the logits of one step, relative to their mean size; None is the precision of the model."""
 
 
-def make_probes(prompts: Sequence[Tokens], limits: set[int]) -> list[list[int]]:
+def make_probes(prompts: Sequence[Tokens], limits: set[int], whole: bool = False) -> list[list[int]]:
     """Beginnings of prompts: a short one, a longer one, one that shares a prefix with it, and two beyond each limit that is reached.
 
-    Of these two, the shorter one is padded.
+    Of these two, the shorter one is padded. `whole` adds the longest prompt, for a model whose limits are not known.
     """
     by_length = sorted(map(list, prompts), key=len)
     shortest, longest = by_length[0], by_length[-1]
     beyond = [longest[: limit + more] for limit in sorted(limits) if limit < len(longest) for more in (16, 1)]
     # None is longer than the longest prompt, so that all fit the model's context.
-    return [longest[:64], shortest[:8], (longest[:40] + shortest[:8])[: len(longest)], *beyond]
+    return [longest[:64], shortest[:8], (longest[:40] + shortest[:8])[: len(longest)], *beyond, *([longest] if whole else [])]
 
 
 class Agreement:
@@ -40,7 +41,7 @@ class Agreement:
     """
 
     def __init__(self, model: Any, prompts: Sequence[Tokens], alone: Callable[[Sequence[Tokens]], list[torch.Tensor]]) -> None:
-        self._model, self.probes = model, make_probes(prompts, length_limits(model.config))
+        self._model, self.probes = model, make_probes(prompts, length_limits(model.config), hides_context(model.config))
         require_causal_pass(model, self.probes[0])
         for self._dtype in (None,) if rounds_by_rows(model) else TOLERANCES:
             try:

@@ -37,6 +37,18 @@ from cora_cli.models.skeleton import Skeleton, build_skeleton, layer_of, shape_f
 from cora_cli.progress import say
 from cora_cli.scratch import temporary_directory
 
+UNSTATED = 2**31
+_CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+_CONTEXTS_OF_OWN_CODE = (
+    "block_size",
+    "n_ctx",
+    "seq_length",
+    "seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "model_max_length",
+)
+"""Names of the context length, such as nanoGPT's; in classes of transformers, some of them say what a model was trained on and not what it can read."""
 _POSITIONS_BEHIND_PADDING = (
     "roberta",
     "camembert",
@@ -346,10 +358,19 @@ def save_model(
         stated.save_pretrained(directory)
 
 
+def hides_context(config: Any) -> bool:
+    """Whether the model may have a longest sequence of which its configuration does not tell, as one with code of its own."""
+    return _has_own_code(config) and context_length(config) == UNSTATED
+
+
+def _has_own_code(config: Any) -> bool:
+    return not type(config).__module__.startswith("transformers.")
+
+
 def context_length(config: Any) -> int:
-    """The longest sequence that the model supports, in tokens, according to its configuration."""
+    """The longest sequence that the model supports, in tokens, according to its configuration; `UNSTATED` where that does not tell."""
     text = config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
-    stated = next((length for name in names if isinstance(length := getattr(text, name, None), int) and length > 0), 2**31)
+    names = (*_CONTEXTS, *(_CONTEXTS_OF_OWN_CODE if _has_own_code(config) else ()))
+    stated = next((length for name in names if isinstance(length := getattr(text, name, None), int) and length > 0), UNSTATED)
     # These number positions from behind the padding token's id.
     return stated - text.pad_token_id - 1 if text.model_type in _POSITIONS_BEHIND_PADDING else stated

@@ -22,7 +22,7 @@ from cora_cli.methods.parts.mean_change import mean_changes_added
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import length_limits, route_as_evaluated
 from cora_cli.models.fused import split_projections, wanted_views
-from cora_cli.models.loading import load_model
+from cora_cli.models.loading import hides_context, load_model
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized, kind_stated
 from cora_cli.models.skeleton import fused_experts
 from cora_cli.progress import say
@@ -49,7 +49,9 @@ def assemble(
         with _in_turn(arguments):
             loaded = _load_base(config, prepared, device)
             batching = _check_passes(config, prepared, loaded)
-            probes = make_probes(prepared.train.examples, length_limits(prepared.model_config))
+            probes = make_probes(
+                prepared.train.examples, length_limits(prepared.model_config), hides_context(prepared.model_config)
+            )
             began = time.monotonic()
             sources = prepared.start_models.observed() if prepared.start_models else {}
             with mean_changes_added(loaded, sources if config.start else {}):

@@ -19,6 +19,7 @@ from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import transformers_model
 from cora_cli.models.causality import require_causal_pass
 from cora_cli.models.configuration import depends_on_batch, length_limits, rope_switch
+from cora_cli.models.loading import hides_context
 from cora_cli.models.precision import UNSUPPORTED, computing_in, forget_failed_pass, precisions
 from cora_cli.progress import say
 from cora_cli.training.attention import register_packed_attention
@@ -66,7 +67,7 @@ def choose_batching(
     training = model.training
     model.eval()
     with torch.no_grad(), model.disable_adapter() if inner is not model else nullcontext():
-        probes = make_probes(examples, length_limits(inner.config))
+        probes = make_probes(examples, length_limits(inner.config), hides_context(inner.config))
         check = _Check(model, probes, hardware)
         if trains:
             check.compare_training_mode()
@@ -83,10 +84,10 @@ def choose_batching(
     return Batching(pads, own, why) if apart is None else Batching(singles, own, f"{why}, and {apart}")
 
 
-def make_probes(examples: Sequence[Example], limits: set[int]) -> list[Example]:
+def make_probes(examples: Sequence[Example], limits: set[int], whole: bool = False) -> list[Example]:
     """Beginnings of examples, shortest first: a short one, a longer one, one that shares a prefix with it, and one beyond each limit.
 
-    Limits that no example reaches need no probe.
+    Limits that no example reaches need no probe. `whole` adds the longest example, for a model whose limits are not known.
     """
     if not examples:
         return []
@@ -94,7 +95,7 @@ def make_probes(examples: Sequence[Example], limits: set[int]) -> list[Example]:
     shortest = min(examples, key=lambda example: len(example.input_ids)).input_ids
     beyond = [longest[: limit + max(64, limit // 8)] for limit in limits if limit < len(longest)]
     alike = (longest[:SHORT] + shortest[:SHORT])[: len(longest)]  # fits the model's context as the longest example does
-    found = [shortest[:SHORT], longest[:PROBE], alike, *beyond]
+    found = [shortest[:SHORT], longest[:PROBE], alike, *beyond, *([longest] if whole else [])]
     return [Example(ids, max(1, len(ids) - COMPARED)) for ids in sorted(found, key=len)]
 
 
@@ -233,8 +234,11 @@ class _Check:
             if dtype is None and is_out_of_memory(error):  # a lower precision may fit
                 raise
             forget_failed_pass(self._model)
+            remedy = (
+                "; if its context is shorter, --max-length cuts examples to it" if hides_context(self._inner.config) else ""
+            )
             raise _Unsupported(
-                f"its forward pass on the token ids of an example ends in {type(error).__name__} ({reason(error)})"
+                f"its forward pass on the {ids.shape[1]} token ids of an example ends in {type(error).__name__} ({reason(error)}){remedy}"
             ) from error
         if not isinstance(logits, torch.Tensor):
             raise _Unsupported("it computes no logits of next tokens")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     DeepseekV4Config,
     DeepseekV32Config,
     Gemma3Config,
@@ -16,6 +17,7 @@ from transformers import (
     MixtralConfig,
     MptConfig,
     PhimoeConfig,
+    PreTrainedConfig,
     Qwen4ExpTextConfig,
     RobertaConfig,
     RwkvConfig,
@@ -35,7 +37,7 @@ from cora_cli.models.configuration import (
     rope_switch,
     route_as_evaluated,
 )
-from cora_cli.models.loading import context_length, load_model
+from cora_cli.models.loading import UNSTATED, context_length, hides_context, load_model
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.references import resolve_model
 from cora_cli.models.skeleton import build_skeleton, skeleton_of
@@ -135,6 +137,17 @@ def test_attention_that_chooses_keys_by_content_depends_on_the_batch() -> None:
 )
 def test_the_context_length_under_the_names_of_several_families(config: Any, length: int) -> None:
     assert context_length(config) == length
+
+
+def test_the_context_length_of_a_class_with_code_of_its_own_may_have_other_names() -> None:
+    class Own(PreTrainedConfig):
+        model_type = "own"
+
+    assert context_length(Own(block_size=128)) == 128
+    assert hides_context(Own())
+    assert not hides_context(Own(n_ctx=64))
+    assert not hides_context(BloomConfig(seq_length=64))
+    assert context_length(BloomConfig(seq_length=64)) == UNSTATED  # what it was trained on; ALiBi reads more
 
 
 def test_the_rotary_embedding_of_a_complete_pass_changes_where_the_configuration_says() -> None:
