@@ -34,9 +34,11 @@ from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.fused import fused_views, split_projections
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.skeleton import without_numbers
+from cora_cli.models.skeleton import of_text, without_numbers
 from cora_cli.progress import say
 from cora_cli.scratch import temporary_directory
+
+_MAGNITUDES = ".lora_magnitude_vector.weight"
 
 
 def load_adapter(
@@ -193,7 +195,9 @@ def _cut(wrapped: PeftModel, rank: int, plan: AdapterPlan) -> None:
 def _stored_tensors(adapter: ModelPath) -> dict[str, torch.Tensor]:
     """The tensors of an adapter's files. Raises `CoraError` as `Checkpoint` does, and if it has none; PEFT would look for them on the hub."""
     checkpoint = Checkpoint(adapter)
-    return {key: checkpoint.read(key) for key in checkpoint.shapes}
+    tensors = {key: checkpoint.read(key) for key in checkpoint.shapes}
+    # PEFT takes DoRA's magnitudes under both names, and gives them the short one.
+    return {key.removesuffix(".weight") if key.endswith(_MAGNITUDES) else key: tensor for key, tensor in tensors.items()}
 
 
 def _check_gathered(adapter: ModelPath, state: Mapping[str, torch.Tensor]) -> None:
@@ -242,7 +246,7 @@ def _without(
     saved = [
         name
         for name in config.get("modules_to_save") or ()
-        if any(module.endswith(name) for module, _ in model.named_modules())
+        if any(module.endswith(of_text(name)) for module, _ in model.named_modules())
     ]
     return {key: stored[key] for key in stored if key not in apart}, {**config, "modules_to_save": saved or None}
 

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import TrainableTokensWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from transformers import PreTrainedModel
 
 from cora_cli import writing
@@ -210,6 +210,7 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath) -> Any:
             adapter,
             f"the weights of its base are quantised, and merged ones would be rounded again; merge into {PLAIN_COPY} with --base",
         )
+    looked_up = _LookedUp(wrapped)
     _separate_shared_weights(wrapped)
     _settle_heads(wrapped)
     try:
@@ -222,9 +223,38 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath) -> Any:
         raise CannotMerge(adapter, reason(error)) from error
     if infinite := next((name for name, weight in merged.named_parameters() if not is_finite(weight.data)), None):
         raise CannotMerge(adapter, f"{infinite} would hold values that are not finite")
+    if not looked_up.is_merged(merged.get_input_embeddings()):
+        raise CannotMerge(
+            adapter,
+            f"{type(merged).__name__} changes what it looks up in its embedding, such as by a norm, and PEFT adds the adapter behind that",
+        )
     if has_own_head(merged):
         separate_head(merged)
     return merged
+
+
+class _LookedUp:
+    """What the embedding of `wrapped` gives for a few tokens, among them those for which the adapter has rows."""
+
+    @torch.no_grad()
+    def __init__(self, wrapped: PeftModel) -> None:
+        config, base = wrapped.active_peft_config, cast("Any", wrapped.get_base_model())
+        embedding = base.get_input_embeddings()
+        stated = getattr(config, "token_indices", None) or getattr(config, "trainable_token_indices", None) or []
+        rows = stated if isinstance(stated, list) else [row for some in stated.values() for row in some]
+        self._ids = torch.tensor([0, 1, *rows[:8]], device=wrapped.device)
+        self._found = embedding(self._ids).float()
+        plain: Any = embedding
+        while isinstance(plain, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            plain = plain.get_base_layer() if isinstance(plain, BaseTunerLayer) else plain.original_module
+        self._change = (self._found - plain(self._ids).float()).abs().max().item()
+
+    @torch.no_grad()
+    def is_merged(self, embedding: Any) -> bool:
+        """Whether the merged `embedding` gives the same, but for the rounding of its weights."""
+        found = embedding(self._ids)
+        rounding = torch.finfo(found.dtype).eps * self._found.abs().max().item()
+        return torch.allclose(found.float(), self._found, rtol=0, atol=0.01 * self._change + 2 * rounding)
 
 
 NO_TYPES: Mapping[str, torch.dtype] = MappingProxyType({})

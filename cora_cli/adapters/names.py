@@ -91,6 +91,14 @@ def config_by_names(config: dict[str, Any], keys: Collection[str], names: Mappin
         as_targets = IA3Config(target_modules=inner)
         changed["feedforward_modules"] = [here[module] for module in modules if check_target_module_exists(as_targets, module)]
     if saved := config.get("modules_to_save"):
-        changed["modules_to_save"] = [names.get(module, module) for module in saved]
+        changed["modules_to_save"] = [_here(module, names) for module in saved]
+    if isinstance(rows := config.get("trainable_token_indices"), dict):
+        changed["trainable_token_indices"] = {_here(module, names): tokens for module, tokens in rows.items()}
     unused = ("exclude_modules", "layers_to_transform", "layers_pattern")
     return {**config, **changed, "target_modules": list(here.values()), **{name: None for name in unused if name in config}}
+
+
+def _here(module: str, names: Mapping[str, str]) -> str:
+    """The name in the model of a module that a setting names completely or by an ending; `names` are those of the modules with other ones."""
+    found = {name for stored, name in names.items() if f".{stored}".endswith(f".{module}")}
+    return found.pop() if len(found) == 1 else of_text(module)

@@ -30,12 +30,12 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.skeleton import ONE_EXPERT, without_numbers
+from cora_cli.models.skeleton import ONE_EXPERT, of_text, without_numbers
 
 _ADAPTER_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight$")
 _IN_LAYER = re.compile(r"\.\d+\.")
 _FULL_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(?:\.base_layer)?\.weight$")
-_WRAPPED_KEY = re.compile(r"^(?P<module>.+)\.(modules_to_save|original_module)\.(weight|bias)$")
+_WRAPPED_KEY = re.compile(r"^(?P<module>.+)\.(modules_to_save|original_module)(\.default)?\.(weight|bias)$")
 """What PEFT stores of a resized embedding or head next to its weight, and leaves out as it loads it."""
 _BIAS_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(?P<place>\.base_layer|\.lora_B)?\.bias$")
 _OF_PARAMETER = re.compile(r"(\.base_layer)+$")
@@ -84,10 +84,7 @@ class AdapterFactors:
         self._scale: dict[str, float] = {}
         self._keys: dict[str, dict[str, str]] = {}
         self._stored_as: dict[str, str] = {}
-        stored = {key: shape for key, shape in self.checkpoint.shapes.items() if not OF_TRAINING.search(key)}
-        for key, shape in stored.items():
-            if (found := _WRAPPED_KEY.match(key)) and f"{found['module']}.weight" in stored:
-                continue
+        for key, shape in self._that_peft_loads().items():
             if found := _ADAPTER_KEY.match(key):
                 self._keys.setdefault(found["module"], {})[found["matrix"]] = key
             elif found := _OTHER_KEY.match(key):
@@ -105,9 +102,7 @@ class AdapterFactors:
             elif self._is_saved(owner := key.removeprefix("base_model.model.").rpartition(".")[0]):
                 self.hidden.add(owner)
             else:
-                raise CoraError(
-                    f"{self.reference}: {key} is neither a lora_A or lora_B matrix nor the weight of a fully saved module"
-                )
+                raise self._unknown(key)
         self._check_biases()
         if not self._keys and not self.full:
             raise CoraError(
@@ -137,16 +132,17 @@ class AdapterFactors:
 
         Returns why their weights cannot be read, for the modules whose weight PEFT adapts as a parameter.
         """
-        parameters = _names(self.config.get("target_parameters"))
+        parameters = [*map(of_text, _names(self.config.get("target_parameters")))]
         faults = {}
         for module in list(self._keys):
             owner = _OF_PARAMETER.sub("", module)
             if owner in others:
                 adapted = True
             elif owner in shapes:
-                adapted = any(f".{owner}.weight".endswith(f".{parameter}") for parameter in parameters)
+                adapted = any(f".{of_text(owner)}.weight".endswith(f".{parameter}") for parameter in parameters)
             else:
-                adapted = bool(ONE_EXPERT.search(owner)) or any(owner.endswith(name.rpartition(".")[0]) for name in parameters)
+                within = tuple(name.rpartition(".")[0] for name in parameters)
+                adapted = bool(ONE_EXPERT.search(owner)) or of_text(owner).endswith(within)
             if not adapted:
                 continue
             del self._keys[module], self.ranks[module]
@@ -269,7 +265,7 @@ class AdapterFactors:
 
     def _is_saved(self, module: str) -> bool:
         """Whether a module is in modules_to_save, or a part of one; these are endings of names, as in PEFT: norm is also input_layernorm."""
-        saved, parts = tuple(_names(self.config.get("modules_to_save"))), module.split(".")
+        saved, parts = tuple(map(of_text, _names(self.config.get("modules_to_save")))), of_text(module).split(".")
         return any(".".join(parts[:end]).endswith(saved) for end in range(1, len(parts) + 1))
 
     def read(self, module: str) -> tuple[float, torch.Tensor, torch.Tensor]:
@@ -301,6 +297,18 @@ class AdapterFactors:
     def _read_factor(self, module: str, matrix: str) -> torch.Tensor:
         key = self._keys[module][matrix]
         return finite(self.checkpoint.read(key), self.reference, key)
+
+    def _that_peft_loads(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors but those that act in training alone, or that PEFT stores next to a weight and leaves out as it loads it."""
+        shapes = self.checkpoint.shapes
+        wrapped = {key: found["module"] for key in shapes if (found := _WRAPPED_KEY.match(key))}
+        for key, module in wrapped.items():
+            if f"{module}.weight" not in shapes:
+                raise self._unknown(key)
+        return {key: shape for key, shape in shapes.items() if key not in wrapped and not OF_TRAINING.search(key)}
+
+    def _unknown(self, key: str) -> CoraError:
+        return CoraError(f"{self.reference}: {key} is neither a lora_A or lora_B matrix nor the weight of a fully saved module")
 
     def _check_form(self, model: ModelPath) -> None:
         if (kind := self.config.get("peft_type")) != "LORA":

@@ -24,7 +24,7 @@ from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
 from cora_cli.adapters.loading import load_adapter
-from cora_cli.adapters.merge import merge_adapter
+from cora_cli.adapters.merge import CannotMerge, merge_adapter, merged_into_base
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError
@@ -541,3 +541,19 @@ def test_weights_next_to_an_adapter_that_peft_does_not_read_are_named(tiny_model
     torch.save({"model.norm.weight": torch.ones(2)}, tmp_path / "adapter" / "non_lora_trainables.bin")
     merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "again")
     assert "also holds non_lora_trainables.bin, which PEFT does not read" in capsys.readouterr().err
+
+
+class Normed(torch.nn.Embedding):
+    """As Inkling's."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        found = super().forward(input)
+        return found / found.square().mean(-1, keepdim=True).sqrt()
+
+
+def test_a_lora_behind_an_embedding_that_changes_what_it_looks_up_is_not_merged_into_it(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model.get_input_embeddings().__class__ = Normed
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False))
+    with pytest.raises(CannotMerge, match="LlamaForCausalLM changes what it looks up in its embedding, such as by a norm"):
+        merged_into_base(wrapped, resolve_model(str(tiny_model)))

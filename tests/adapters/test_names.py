@@ -162,19 +162,27 @@ PATTERNS = {
 }
 SAVED = {"target_modules": r".*language_model.*(q|gate)_proj", "modules_to_save": ["lm_head"], "use_rslora": True}
 IMAGES = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["multi_modal_projector"]}
+NORM = {"target_modules": ["q_proj"], "modules_to_save": ["language_model.norm"]}
+TOKENS = {"target_modules": ["q_proj"], "trainable_token_indices": {"language_model.embed_tokens": [3, 5]}}
 
 
-@pytest.mark.parametrize("settings", [PATTERNS, SAVED, IMAGES], ids=["patterns", "saved", "images"])
+@pytest.mark.parametrize(
+    "settings", [PATTERNS, SAVED, IMAGES, NORM, TOKENS], ids=["patterns", "saved", "images", "norm", "tokens"]
+)
 def test_an_adapter_of_the_class_for_images_and_text_changes_the_language_model_as_there(settings, mllama, tmp_path, capsys):
     """Its patterns fit the names of that class alone, so that on the language model they would leave out layers, ranks and scales in silence."""
     torch.manual_seed(1)
     config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, base_model_name_or_path=str(mllama), **settings)
     wrapped = get_peft_model(MllamaForConditionalGeneration.from_pretrained(mllama), config).eval()
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad and "lora" not in name:
+            parameter.data += 0.2
     wrapped.save_pretrained(tmp_path / "adapter")
     expected, adapter = logits(wrapped), resolve_model(str(tmp_path / "adapter"))
     assert not torch.allclose(expected, logits(load(mllama)), atol=1e-2)
     loaded = load_adapter(load(mllama), adapter, base=resolve_model(str(mllama)))
-    assert ("are of parts that MllamaForCausalLM lacks, such as base_model" in capsys.readouterr().err) == (settings is IMAGES)
+    said = "are of parts that MllamaForCausalLM lacks, such as base_model" in capsys.readouterr().err
+    assert said == (settings in (IMAGES, NORM, TOKENS))
     torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
     merge_adapter(adapter, tmp_path / "merged")
     torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-5, rtol=1e-5)
@@ -231,7 +239,8 @@ def test_an_adapter_that_changes_other_parts_than_the_language_model_alone_is_re
         load_adapter(load(mllama), resolve_model(str(tmp_path / "adapter")), base=resolve_model(str(mllama)))
 
 
-def test_fused_experts_that_an_adapter_of_that_class_changes_are_found(tmp_path):
+@pytest.mark.parametrize("prefix", ["", "feed_forward.", "language_model.model.layers.0.feed_forward."])
+def test_fused_experts_that_an_adapter_of_that_class_changes_are_found(prefix, tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**sizes, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2}
     text |= {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -241,7 +250,7 @@ def test_fused_experts_that_an_adapter_of_that_class_changes_are_found(tmp_path)
         Llama4Config(text_config=text, vision_config={**vision, "vision_output_dim": 16})
     ).eval()
     base.save_pretrained(tmp_path / "base")
-    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    parameters = [f"{prefix}experts.gate_up_proj", f"{prefix}experts.down_proj"]
     config = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", target_parameters=parameters, init_lora_weights=False)
     wrapped = get_peft_model(base, config).eval()
     wrapped.save_pretrained(tmp_path / "adapter")
@@ -249,6 +258,7 @@ def test_fused_experts_that_an_adapter_of_that_class_changes_are_found(tmp_path)
     torch.testing.assert_close(
         logits(load_adapter(load(tmp_path / "base"), adapter, base=path)), logits(wrapped), atol=1e-5, rtol=1e-5
     )
+    assert "model.layers.0.self_attn.q_proj" in open_source(adapter, open_source(path)).shapes
 
 
 def test_the_ranks_that_a_pruned_adalora_of_that_class_is_left_with_are_those_of_its_files(mllama, tmp_path):
@@ -279,3 +289,13 @@ def test_an_adapter_of_a_model_without_its_head_is_refused_as_such(tiny_model, t
         CoraError, match=r"it is of the model without its head, where model\.layers\.0\.self_attn\.q_proj is called so"
     ):
         open_source(adapter)
+
+
+def test_the_magnitudes_of_dora_have_one_of_two_names_in_files(tiny_model, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, use_dora=True)
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    expected, file = logits(wrapped), tmp_path / "adapter/adapter_model.safetensors"
+    long = {f"{key}.weight" if key.endswith("vector") else key: tensor for key, tensor in load_file(file).items()}
+    save_file(long, file, metadata={"format": "pt"})
+    torch.testing.assert_close(logits(load_adapter(load(tiny_model), resolve_model(str(tmp_path / "adapter")))), expected)

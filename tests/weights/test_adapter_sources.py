@@ -506,6 +506,16 @@ def test_dora_magnitudes_are_refused_by_name(grouped_models, tmp_path):
         open_source(local(adapter), base)
 
 
+def test_a_saved_module_under_its_name_in_the_wrapped_model_is_refused_by_key(grouped_models, tmp_path):
+    adapter = make_adapter(grouped_models[0], tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    key = "base_model.model.lm_head.modules_to_save.default.weight"
+    change_tensors(adapter, lambda tensors: tensors.update({key: tensors.pop("base_model.model.lm_head.weight")}))
+    with pytest.raises(
+        CoraError, match=f"{re.escape(key)} is neither a lora_A or lora_B matrix nor the weight of a fully saved"
+    ):
+        open_source(local(adapter))
+
+
 @pytest.fixture
 def changed_base(tiny_sources, tiny_model, tmp_path) -> tuple[Path, Path]:
     """An adapter that `cora` trained, and its base after another change."""
