@@ -315,7 +315,8 @@ def stored_types(model: ModelPath, trust_remote_code: bool = False) -> dict[str,
         if name in own and types[key] in PLAIN_TYPES:
             kind = getattr(torch, types[key])
             found[name] = torch.promote_types(found.get(name, kind), kind)
-    return found
+    parts = {name: types[key] for name, (key, _, _) in skeleton.parts(types).items()}
+    return found | {name: getattr(torch, kind) for name, kind in parts.items() if kind in PLAIN_TYPES}
 
 
 def completed_ends(model: Any, ends: Collection[int]) -> list[int] | None:

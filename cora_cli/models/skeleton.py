@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from cora_cli.errors import CoraError, reason
@@ -80,21 +80,36 @@ class Skeleton:
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The parameters of the model to which none of the tensors `keys` of its files belongs, although transformers asks for them."""
-        names = set(self.names(keys).values())
-        found = {name for name, _ in names}
+        names = self.names(keys)
+        found = {name for name, _ in names.values()}
         for rule in self._rules:
-            if isinstance(rule, WeightConverter):  # a tensor that becomes several has the name of the first
-                first, *others = rule.target_patterns
-                found |= {
-                    name.replace(first, other, 1)
-                    for name, converted in names
-                    if converted and first in name
-                    for other in others
-                }
+            if isinstance(rule, WeightConverter):
+                found |= {name for several in self._results(rule, names).values() for name in several}
         found |= {other for name in found for other in self.shared.get(name, ())}
         ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
         own = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
         return sorted(name for name in own if name not in found and not any(pattern.search(name) for pattern in ignored))
+
+    def parts(self, keys: Iterable[str]) -> dict[str, tuple[str, int, int]]:
+        """The weights of the model that are equal parts of the rows of one tensor of the files, by name: that tensor, the part's place, and their number."""
+        found: dict[str, tuple[str, int, int]] = {}
+        names = self.names(keys)
+        for rule in self._rules:
+            cuts = isinstance(rule, WeightConverter) and len(rule.operations) == 1 and isinstance(rule.operations[0], Chunk)
+            if cuts and rule.operations[0].dim == 0:
+                for key, several in self._results(rule, names).items():
+                    found |= {name: (key, place, len(several)) for place, name in enumerate(several)}
+        return {name: part for name, part in found.items() if name in self._own}
+
+    @staticmethod
+    def _results(rule: WeightConverter, names: dict[str, tuple[str, bool]]) -> dict[str, list[str]]:
+        """What `rule` makes of each tensor of the files that becomes several; `names` has the first of them."""
+        first = rule.target_patterns[0]
+        return {
+            key: [name.replace(first, one, 1) for one in rule.target_patterns]
+            for key, (name, converted) in names.items()
+            if converted and first in name and len(rule.target_patterns) > 1
+        }
 
     def stored_twice(self, keys: Iterable[str]) -> dict[str, list[str]]:
         """The tensors of the loaded model that each of several tensors of the files would be, with those tensors."""

@@ -17,9 +17,11 @@ from cora_cli.models.skeleton import Skeleton, layer_of, other_modalities, shape
 
 @dataclasses.dataclass(frozen=True)
 class Matrices:
-    """The weight matrices of a loaded language model. The fields are those of `WeightSource`; `keys` has the name of each in the files, by module."""
+    """The weight matrices of a loaded language model. The fields are those of `WeightSource`; `keys` has the name of each in the files, by module, and
+    `parts` the place of those that are an equal part of its rows, and the number of these parts."""
 
     keys: dict[str, str]
+    parts: dict[str, tuple[int, int]]
     shapes: dict[str, tuple[int, int]]
     transposed: frozenset[str]
     faults: dict[str, str]
@@ -37,6 +39,7 @@ def loaded_matrices(model: ModelPath, checkpoint: Checkpoint) -> Matrices:
     stored = _matrices(checkpoint)
     names, transposed = {key: key for key in stored}, frozenset[str]()
     shared: dict[str, list[str]] = {}
+    parts: dict[str, tuple[str, int, int]] = {}
     views: dict[str, View] = {}
     others = frozenset[str]()
     try:
@@ -54,16 +57,21 @@ def loaded_matrices(model: ModelPath, checkpoint: Checkpoint) -> Matrices:
             {key: name for key, name in loaded if name.removesuffix(".weight") not in others},
             skeleton.transposed,
         )
+        parts = skeleton.parts(stored)
     own = {name: key for key, name in names.items()}
     # Two that share a weight have their own where the files hold both.
     together = {other: key for name, key in own.items() for other in shared.get(name, ())} | own
     keys = {name.removesuffix(".weight"): key for name, key in together.items()}
     shapes = {module: checkpoint.shapes[key] for module, key in keys.items()}
+    places = {}
+    for name, (key, place, count) in parts.items():
+        module, (rows, columns) = name.removesuffix(".weight"), checkpoint.shapes[key]
+        keys[module], shapes[module], places[module] = key, (rows // count, columns), (place, count)
     oriented = {module: (a, b) if module not in transposed else (b, a) for module, (a, b) in shapes.items()}
     faults |= {name: faults[view.fused] for name, view in views.items() if view.fused in faults}
     views = {name: view for name, view in views.items() if view.fused in keys}
     skipped = sorted({*stored} - {*keys.values()})
-    return Matrices(keys, oriented | view_shapes(views, oriented), transposed, faults, views, others, skipped)
+    return Matrices(keys, places, oriented | view_shapes(views, oriented), transposed, faults, views, others, skipped)
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
@@ -82,7 +90,7 @@ def _faults(skeleton: Skeleton, checkpoint: Checkpoint, others: frozenset[str]) 
     keys: dict[str, list[str]] = {}
     for key, (name, _) in names.items():
         keys.setdefault(name, []).append(key)
-    converted = {name for name, together in names.values() if together}
+    converted = {name for name, together in names.values() if together} | skeleton.parts(checkpoint.shapes).keys()
     own = skeleton.model.state_dict()
     shared = {name for key in keys for name in skeleton.shared.get(key, ())}
     next_to: dict[str, str] = {}

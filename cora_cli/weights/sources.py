@@ -172,7 +172,7 @@ class ModelSource(WeightSource):
         self._checkpoint = Checkpoint(model)
         self._digests: dict[str, str] = {}
         found = loaded_matrices(model, self._checkpoint)
-        self._keys, self.shapes, self.transposed = found.keys, found.shapes, found.transposed
+        self._keys, self._parts, self.shapes, self.transposed = found.keys, found.parts, found.shapes, found.transposed
         self.faults, self.views = found.faults, found.views
         self.others, self.skipped = found.others, found.skipped
 
@@ -181,6 +181,9 @@ class ModelSource(WeightSource):
         view = self.views.get(module)
         stored = view.fused if view else module
         weight = finite(self._checkpoint.read(self._keys[stored]), self.reference, stored)
+        if stored in self._parts:
+            place, count = self._parts[stored]
+            weight = weight.chunk(count)[place].clone()
         weight = weight.T.contiguous() if stored in self.transposed else weight
         weight = view.layout.rows(weight, view.part) if view else weight
         self._digests.setdefault(module, hashing.tensor_digest(module, weight))
@@ -206,8 +209,8 @@ class ModelSource(WeightSource):
 
     def sharing(self, modules: Collection[str]) -> set[str]:
         """See `WeightSource.sharing`."""
-        keys = {self._keys.get(module) for module in modules}
-        return {module for module, key in self._keys.items() if key in keys}
+        keys = {(self._keys.get(module), self._parts.get(module)) for module in modules}
+        return {module for module, key in self._keys.items() if (key, self._parts.get(module)) in keys}
 
     @property
     def checkpoints(self) -> list[Checkpoint]:

@@ -5,11 +5,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from cora_cli.errors import CoraError
-from cora_cli.models.loading import load_model
+from cora_cli.models.loading import load_model, stored_types
 from cora_cli.weights.sources import architecture_of, open_source
+from tests.training.families import COMMON
 from tests.weights.helpers import make_llama
 
 from .helpers import local
@@ -372,3 +381,19 @@ def test_tensors_that_the_class_tells_transformers_to_pass_over_are_named(copy, 
     change_tensors(copy, lambda tensors: {**tensors, **added})
     load_model(local(copy), torch.float32, torch.device("cpu"), None)
     assert "1 tensors of its files are not used by LlamaForCausalLM, such as mtp.proj.weight" in capfd.readouterr().err
+
+
+def test_layers_that_the_files_hold_as_one_tensor_are_read_apart(tmp_path):
+    """HRM-Text's files have one for q, k, v and a gate, which transformers cuts as it loads them."""
+    torch.manual_seed(0)
+    settings = {**COMMON, "num_key_value_heads": 4, "H_cycles": 1, "L_cycles": 1}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("hrm_text", **settings)).save_pretrained(tmp_path / "model")
+    assert any("gqkv_proj" in key for key in load_file(tmp_path / "model" / "model.safetensors"))
+    loaded, source = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), open_source(local(tmp_path / "model"))
+    linears = {name: module.weight for name, module in loaded.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert linears.keys() <= source.shapes.keys()
+    assert all(torch.equal(source.read(name), weight) for name, weight in linears.items())
+    assert not source.faults
+    first = next(name for name in linears if name.endswith("q_proj"))
+    assert source.sharing([first]) == {first}
+    assert stored_types(local(tmp_path / "model")).keys() == dict(loaded.named_parameters()).keys()
