@@ -38,6 +38,7 @@ from cora_cli.models.skeleton import of_text, without_numbers
 from cora_cli.progress import say
 from cora_cli.scratch import temporary_directory
 
+_NEEDS_MORE = {"XLORA": "other adapters, which it mixes anew for each token", "POLY": "a task number with each prompt"}
 _MAGNITUDES = ".lora_magnitude_vector.weight"
 
 
@@ -127,7 +128,10 @@ def load_adapter(
 
 
 def check_start(adapter: ModelPath) -> None:
-    """Raise `CoraError` for an adapter on a changed W that PEFT cannot compute again: it would draw at random, or take W itself."""
+    """Raise `CoraError` for an adapter that needs more than its files and W: other inputs, or a changed W that PEFT cannot compute again, in whose
+    place it would take one drawn at random, or W itself."""
+    if (need := _NEEDS_MORE.get(str(kind := adapter.adapter_config().get("peft_type")))) is not None:
+        raise CoraError(f"adapter {adapter.path} is of {kind}, which needs {need}; cora does not load such adapters")
     start = start_that_changes_base(adapter.adapter_config())
     if start == "loftq" and not torch.cuda.is_available():
         raise CoraError(

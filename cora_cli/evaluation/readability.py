@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,8 @@ def _ruff(programs: Sequence[str]) -> list[int]:
         names = [f"program_{place}.py" for place in range(len(programs))]
         for name, program in zip(names, programs, strict=True):
             (folder / name).write_text(program, encoding="utf-8", errors="replace")
+        # Each file by name, since ruff passes over those that a .gitignore above the folder covers; in a file, since a command line has an end.
+        (folder / "names").write_text("\n".join(names), encoding="ascii")
         command = [
             sys.executable,
             "-P",
@@ -142,8 +145,7 @@ def _ruff(programs: Sequence[str]) -> list[int]:
             "--exit-zero",
             "--quiet",
         ]
-        # Each file by name, since ruff passes over those that a .gitignore above the folder covers.
-        command += ["--select", RULES, "--output-format", "json", *names]
+        command += ["--select", RULES, "--output-format", "json", "@names"]
         # Variables such as RUFF_OUTPUT_FILE stand for options.
         variables = {name: value for name, value in os.environ.items() if not name.startswith("RUFF_")}
         ended = subprocess.run(
@@ -151,5 +153,5 @@ def _ruff(programs: Sequence[str]) -> list[int]:
         )
         if ended.returncode:
             raise CoraError(f"ruff failed: {ended.stderr.strip()[:200]}")
-        found = [int(Path(finding["filename"]).stem.removeprefix("program_")) for finding in json.loads(ended.stdout)]
-    return [found.count(place) for place in range(len(programs))]
+        found = Counter(Path(finding["filename"]).name for finding in json.loads(ended.stdout))
+    return [found[name] for name in names]

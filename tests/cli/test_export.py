@@ -145,6 +145,23 @@ def test_a_method_that_cannot_be_merged_is_not_said_to_be(
     assert cora("merge", tmp_path / "adapter", "-o", tmp_path / "merged").exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "need"),
+    [("POLY", "a task number with each prompt"), ("XLORA", "other adapters, which it mixes anew for each token")],
+)
+def test_an_adapter_that_needs_more_than_its_files_is_refused_by_its_kind(
+    kind: str, need: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": kind}))
+    for command in ("export", "merge"):
+        result = cora(command, tmp_path / "adapter", "-o", tmp_path / "out")
+        assert result.exit_code == 1
+        assert f"adapter is of {kind}, which needs {need}; cora does not load such adapters" in " ".join(result.stderr.split())
+
+
 def test_a_prompt_is_not_said_to_be_one_that_merge_writes(tiny_model: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.PROMPT_TUNING](num_virtual_tokens=3, task_type="CAUSAL_LM")

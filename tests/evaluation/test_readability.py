@@ -1,4 +1,5 @@
 import ast
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -58,6 +59,14 @@ def test_ruff_counts_whatever_lies_around_the_temporary_directory(tmp_path: Path
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("RUFF_OUTPUT_FILE", str(tmp_path / "elsewhere.json"))
     assert readability.readability([[POOR]], 100, 0)["ruff_findings"]["value"] == pytest.approx(100 * 2 / 5)
+
+
+def test_many_programs_need_no_long_command_line(monkeypatch: pytest.MonkeyPatch):
+    """Linux takes 2 MB, which 100,000 names exceed."""
+    commands, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: commands.append(command) or run(command, **options))
+    assert sum(readability._ruff(["x = 1\n"] * 1000 + [POOR])) == 2
+    assert [len(" ".join(command)) < 1000 for command in commands] == [True]
 
 
 def test_without_ruff_its_findings_are_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
