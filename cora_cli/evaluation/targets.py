@@ -16,9 +16,10 @@ from cora_cli.adapters.loading import check_rank
 from cora_cli.adapters.posterior import has_posterior
 from cora_cli.data.records import Record, Schema, is_among
 from cora_cli.data.split import load_test_records
-from cora_cli.data.templates import reads_clock
+from cora_cli.data.templates import Template, reads_clock, resolve_auto
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import DEFAULT_DRAWS, EvaluateConfig, check_run
+from cora_cli.evaluation.generate import end_tokens
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.references import absolute, resolve_base, resolve_model
 from cora_cli.models.tokenizer import load_tokenizer
@@ -166,7 +167,7 @@ def _as_ensemble(config: EvaluateConfig, targets: Sequence[Target]) -> list[Targ
             )
         weights[own] = run.name
         for what, of in (
-            ("tokenizers", Target.tokenizer_hash),
+            ("tokenizers", lambda one: _text_of(one, config)),
             ("templates", lambda one: one.template),
             ("dates in their prompts", lambda one: one.date if reads_clock(one.template, _tokenizer(one, config)) else None),
         ):
@@ -182,6 +183,15 @@ def _as_ensemble(config: EvaluateConfig, targets: Sequence[Target]) -> list[Targ
     name = f"ensemble of {', '.join(Path(run.name).resolve().name for run in runs)}"
     out = EvaluationDirectory(root / "ensemble" if config.with_base else root)
     return [*bases, dataclasses.replace(first, name=name, output=out, others=tuple(runs[1:]))]
+
+
+def _text_of(target: Target, config: EvaluateConfig) -> tuple[Any, ...]:
+    """What decides how text becomes tokens, and which tokens end an answer; transformers writes one tokenizer in more than one way."""
+    tokenizer = _tokenizer(target, config)
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else (type(tokenizer), tokenizer.get_vocab())
+    name = resolve_auto(target.template, "messages", bool(tokenizer.chat_template))
+    ends = end_tokens(target.base.generation_config().get("eos_token_id"), Template(name, "messages", tokenizer).ends)
+    return rules, tokenizer.chat_template, tokenizer.special_tokens_map, sorted(ends)
 
 
 def _tokenizer(target: Target, config: EvaluateConfig) -> Any:

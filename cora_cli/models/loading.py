@@ -33,7 +33,7 @@ from cora_cli.models.quantized import (
     is_held_quantized,
     settle_quantized,
 )
-from cora_cli.models.skeleton import Skeleton, build_skeleton, layer_of, shape_fault, skeleton_of, surplus_fault
+from cora_cli.models.skeleton import Skeleton, build_skeleton, layer_of, shape_fault, show_embedding, skeleton_of, surplus_fault
 from cora_cli.progress import say
 from cora_cli.scratch import temporary_directory
 
@@ -133,6 +133,7 @@ def load_model(
             "omit --load-in-4bit, or use a CUDA GPU" if four_bit else f"use a CUDA GPU, or {PLAIN_COPY}",
         )
     require_causal(loaded, model.reference)
+    show_embedding(loaded)
     keep_scales(loaded)
     if model.config().get(RESCALED) and "mamba" in loaded.config.model_type:
         say(

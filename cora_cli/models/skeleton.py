@@ -3,6 +3,7 @@
 A checkpoint's tensors may have other names in their file than in the loaded model; transformers' own rules give the latter.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -245,7 +246,30 @@ def build_skeleton(config: Any, trust_remote_code: bool = False, dtype: torch.dt
         raise CoraError(
             f"config.json of {config.name_or_path} does not describe a {config.model_type} model: {reason(error)}"
         ) from error
+    show_embedding(built)
     return built
+
+
+def show_embedding(model: Any) -> None:
+    """Have the class of a model tell its embedding where it has code of its own and does not: transformers finds only one that is called as its own are.
+
+    It is the embedding with a row for each token of the vocabulary, or the first with more.
+    """
+    with contextlib.suppress(NotImplementedError):
+        model.get_input_embeddings()
+        return
+
+    def embedding(self: Any) -> torch.nn.Embedding | None:
+        found = [module for module in self.modules() if isinstance(module, torch.nn.Embedding)]
+        size = self.config.get_text_config(decoder=True).vocab_size
+        fitting = [one for one in found if one.num_embeddings == size] or [one for one in found if one.num_embeddings > size]
+        return next(iter(fitting), None)
+
+    if embedding(model) is None:
+        raise CoraError(
+            f"{type(model).__name__} has no embedding of tokens that can be found; define get_input_embeddings in its class"
+        )
+    type(model).get_input_embeddings = embedding
 
 
 def skeleton_of(model: ModelPath, trust_remote_code: bool = False) -> Skeleton:

@@ -1,6 +1,8 @@
 """Several runs as one model: probabilities are averaged over them, for the reference tokens and for generation."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,23 @@ def test_it_stands_in_a_report_beside_its_members_and_the_base_model(members: tu
     text = report([str(tmp_path / "out" / "base"), str(tmp_path / "out" / "ensemble")], "markdown")
     assert "ensemble of lora, other" in text
     assert f"{read_json(tmp_path / 'out' / 'ensemble' / 'metrics.json')['metrics']['nll']['value']:.3f}" in text
+
+
+def test_a_tokenizer_that_was_written_again_is_the_same_and_one_with_another_token_is_not(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+):
+    base, grown = (Path(shutil.copytree(tiny_model, tmp_path / name)) for name in ("base", "grown"))
+    described = read_json(base / "tokenizer.json")
+    (base / "tokenizer.json").write_text(json.dumps(described, indent=1))  # as no transformers writes it
+    added = {**described["added_tokens"][-1], "id": 49152, "content": "<|new|>"}
+    (grown / "tokenizer.json").write_text(json.dumps({**described, "added_tokens": [*described["added_tokens"], added]}))
+    runs = [make_run(base, tiny_data, tmp_path / mode, mode=mode) for mode in ("lora", "full")]
+    assert (base / "tokenizer.json").read_bytes() != (runs[1] / "model" / "tokenizer.json").read_bytes()
+    [average] = ensemble(tuple(runs), tmp_path / "out")
+    assert len(average.record["generation"]["settings"]["members"]) == 2
+    other = make_run(grown, tiny_data, tmp_path / "other", mode="lora", seed=1)
+    with pytest.raises(CoraError, match="cannot be one ensemble: they have different tokenizers"):
+        ensemble((runs[0], other), tmp_path / "again")
 
 
 def test_what_is_no_ensemble_is_refused(members: tuple[Path, ...], tiny_model: Path, tiny_data: Path, tmp_path: Path):

@@ -3,13 +3,17 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import dynamic_module_utils
+import torch
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from cora_cli.errors import CoraError
 from cora_cli.models.configuration import load_configuration
+from cora_cli.models.loading import load_model
 from cora_cli.models.references import resolve_model
+from cora_cli.models.skeleton import build_skeleton
 from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
 
 NEEDED = "it needs Python code of its own, which cora runs with --trust-remote-code only"
@@ -66,3 +70,44 @@ def test_a_tokenizer_with_code_of_its_own_loads_again_where_it_was_written(tiny_
     again = load_tokenizer(resolve_model(str(written)), trust_remote_code=True)
     assert type(again).__name__ == "OwnTokenizer"
     assert again("a text")["input_ids"] == loaded("a text")["input_ids"]
+
+
+OWN_MODEL = """
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own"
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.wpe, self.wte = torch.nn.Embedding(64, 8), torch.nn.Embedding(config.vocab_size, 8)
+        self.lm_head = torch.nn.Linear(8, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids, **rest):
+        return CausalLMOutput(logits=self.lm_head(self.wte(input_ids) + self.wpe.weight[: input_ids.shape[1]]))
+"""
+
+
+@pytest.mark.parametrize("rows", [40, 8])
+def test_a_class_that_does_not_tell_its_embedding_has_that_of_the_vocabulary(rows: int, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_MODEL)
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "vocab_size": rows, "auto_map": code}))
+    config = load_configuration(resolve_model(str(tmp_path), weights=False), trust_remote_code=True)
+    made = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    with pytest.raises(NotImplementedError):
+        made.get_input_embeddings()
+    made.save_pretrained(tmp_path)
+    skeleton = build_skeleton(config, trust_remote_code=True)
+    assert skeleton.get_input_embeddings() is skeleton.wte
+    loaded: Any = load_model(resolve_model(str(tmp_path)), torch.float32, torch.device("cpu"), None, trust_remote_code=True)
+    assert loaded.get_input_embeddings() is loaded.wte
+    assert torch.equal(loaded.wte.weight, made.wte.weight)
