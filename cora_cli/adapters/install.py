@@ -243,9 +243,10 @@ def check_trained_set(model: PeftModel, plan: AdapterPlan) -> None:
     trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     if not expected and method_of(plan.mode).can_train(plan):
         base: Any = model.base_model
-        if not trained or not all(base.prefix in name for name in trained):
+        others = {name for name in trained if base.prefix not in name}
+        if not trained or others:
             raise CoraError(
-                f"the method of --peft-config also trains {min(trained, default='nothing')}, which is not part of the adapter"
+                f"the method of --peft-config also trains {min(others, default='nothing')}, which is not part of the adapter"
             )
         return
     if wrong := sorted(expected ^ trained):

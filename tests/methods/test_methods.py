@@ -379,7 +379,7 @@ def test_a_file_that_describes_no_adapter_of_weights_is_refused_with_the_reason(
         ({"rank_pattern": 3}, "rank_pattern must be an object or null, not 3"),
         ({"layers_to_transform": "all"}, "layers_to_transform must be a list of integers or an integer or null"),
         ({"peft_type": "LORA", "bias": "some"}, 'bias must be "none" or "all" or "lora_only", not "some"'),
-        ({"peft_type": "LORA", "kasa_config": {}}, "kasa_config must be KasaConfig or null, not {}"),
+        ({"peft_type": "LORA", "use_bdlora": 3}, "use_bdlora must be BdLoraConfig or null, not 3"),
         ({"target_modules": 3}, "target_modules must be a list of names"),
         ({"target_modules": [3]}, "target_modules must be a list of names"),
     ],
@@ -388,6 +388,20 @@ def test_a_value_of_the_wrong_type_is_refused_naming_the_field_and_what_it_takes
     with pytest.raises(CoraError, match=re.escape(f": {said}")) as caught:
         configured(plan("peft", peft={"peft_type": "LOHA", **values}))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_configuration_within_the_configuration_is_an_object_in_its_file():
+    blocks = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 2}
+    made = configured(plan("peft", peft={"peft_type": "LORA", "use_bdlora": blocks}))
+    assert made.use_bdlora.nblocks == 2
+
+
+@pytest.mark.parametrize("setting", ["kasa_config", "monteclora_config"])
+def test_a_method_with_a_loss_of_its_own_is_refused(setting):
+    with pytest.raises(
+        CoraError, match=f"--peft-config: {setting} adds a?.*terms? to the loss, which `cora train` does not do"
+    ):
+        configured(plan("peft", peft={"peft_type": "LORA", setting: {}}))
 
 
 @pytest.mark.parametrize(

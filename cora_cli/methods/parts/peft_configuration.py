@@ -25,6 +25,8 @@ _MORE_THAN_LAYERS = {
     "modules_to_save": "trains complete modules next to the adapter",
     "trainable_token_indices": "trains rows of the embedding next to the adapter",
     "layer_replication": "repeats layers of the base model",
+    "kasa_config": "adds terms to the loss",
+    "monteclora_config": "adds a term to the loss",
 }
 _WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "an object", NoneType: "null"}
 _STARTS = (True, False, "gaussian", "orthogonal")
@@ -52,7 +54,7 @@ def peft_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
             f"--peft-config: task_type must be CAUSAL_LM, the only task that `cora train` trains, not {values['task_type']!r}"
         )
     for name, effect in _MORE_THAN_LAYERS.items():
-        if values.get(name):
+        if (stated := values.get(name)) or (stated is not None and name.endswith("_config")):
             raise CoraError(f"--peft-config: {name} {effect}, which `cora train` does not do; leave it out")
     has_rank = "r" in {field.name for field in dataclasses.fields(config_class)}
     settings = ({"r": rank} if has_rank else {}) | {
@@ -86,6 +88,8 @@ def _typed(name: str, value: Any, expected: Any) -> Any:
     """The value of the field `name`, an integer as a float where one is declared. Raises `TypeError` where it is something else."""
     if expected is int and name.endswith("alpha"):
         expected = float  # PEFT only divides it by the rank
+    if isinstance(value, dict) and any(map(dataclasses.is_dataclass, get_args(expected))):
+        return value  # of which PEFT makes a configuration of its own
     for candidate in (value, float(value)) if type(value) is int else (value,):
         try:
             type_validator(name, candidate, expected)
