@@ -396,12 +396,17 @@ def test_a_configuration_within_the_configuration_is_an_object_in_its_file():
     assert made.use_bdlora.nblocks == 2
 
 
-@pytest.mark.parametrize("setting", ["kasa_config", "monteclora_config"])
-def test_a_method_with_a_loss_of_its_own_is_refused(setting):
-    with pytest.raises(
-        CoraError, match=f"--peft-config: {setting} adds a?.*terms? to the loss, which `cora train` does not do"
-    ):
-        configured(plan("peft", peft={"peft_type": "LORA", setting: {}}))
+@pytest.mark.parametrize(
+    ("kind", "setting", "said"),
+    [
+        ("LORA", {"kasa_config": {}}, "kasa_config adds terms to the loss"),
+        ("LORA", {"monteclora_config": {}}, "monteclora_config adds a term to the loss"),
+        ("ADAMSS", {"use_asa": True}, "use_asa needs a call after each step"),
+    ],
+)
+def test_a_method_that_needs_more_than_the_loss_of_the_answers_is_refused(kind, setting, said):
+    with pytest.raises(CoraError, match=f"--peft-config: {said}, which `cora train` does not do"):
+        configured(plan("peft", peft={"peft_type": kind, **setting}))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ _MORE_THAN_LAYERS = {
     "layer_replication": "repeats layers of the base model",
     "kasa_config": "adds terms to the loss",
     "monteclora_config": "adds a term to the loss",
+    "use_asa": "needs a call after each step",
 }
 _WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "an object", NoneType: "null"}
 _STARTS = (True, False, "gaussian", "orthogonal")
