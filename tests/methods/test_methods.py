@@ -401,6 +401,8 @@ def test_a_configuration_within_the_configuration_is_an_object_in_its_file():
     [
         ("LORA", {"kasa_config": {}}, "kasa_config adds terms to the loss"),
         ("LORA", {"monteclora_config": {}}, "monteclora_config adds a term to the loss"),
+        ("LORA", {"arrow_config": {"top_k": 2}}, "arrow_config chooses among other adapters"),
+        ("LORA", {"eva_config": {"rho": 2.0}}, "eva_config belongs to a start that needs data"),
         ("ADAMSS", {"use_asa": True}, "use_asa needs a call after each step"),
     ],
 )

@@ -28,6 +28,8 @@ _MORE_THAN_LAYERS = {
     "kasa_config": "adds terms to the loss",
     "monteclora_config": "adds a term to the loss",
     "use_asa": "needs a call after each step",
+    "arrow_config": "chooses among other adapters",
+    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), "belongs to a start that needs data"),
 }
 _WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "an object", NoneType: "null"}
 _STARTS = (True, False, "gaussian", "orthogonal")
