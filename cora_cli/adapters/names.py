@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
-from peft import IA3Config
+from peft import IA3Config, LoraConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel
@@ -72,6 +72,9 @@ def config_by_names(config: dict[str, Any], keys: Collection[str], names: Mappin
     parameters = config.get("target_parameters") or []
     owners = tuple(name.rpartition(".")[0] for name in parameters)
     every = {found["module"] for key in keys if part in key and (found := _KEY.match(key))}
+    if "" in owners:  # names without their module, which alone say nothing of it
+        every = {module for module in every if is_target(config, module)}
+    owners = tuple(filter(None, owners))
     modules = sorted(module for module in every if not (owners and module.endswith(owners)))
     here = {module: names.get(module, module) for module in modules}
     changed: dict[str, Any] = {}
@@ -102,3 +105,9 @@ def _here(module: str, names: Mapping[str, str]) -> str:
     """The name in the model of a module that a setting names completely or by an ending; `names` are those of the modules with other ones."""
     found = {name for stored, name in names.items() if f".{stored}".endswith(f".{module}")}
     return found.pop() if len(found) == 1 else of_text(module)
+
+
+def is_target(config: Mapping[str, Any], module: str) -> bool:
+    """Whether a module is one of the `target_modules` of the configuration of a LoRA."""
+    stated = config.get("target_modules")
+    return bool(stated) and bool(check_target_module_exists(LoraConfig(target_modules=stated), module))

@@ -19,7 +19,6 @@ from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.agreement import Agreement
 from cora_cli.evaluation.decode import PooledDecoder, Tokens, unsupported
-from cora_cli.evaluation.mixture import reads_anew
 from cora_cli.evaluation.processes import ALONE, Processes
 from cora_cli.evaluation.sampling import Draws, Finite, Sampling
 from cora_cli.methods.parts.layers import has_invocation, transformers_model
@@ -364,9 +363,7 @@ class BatchedGenerate:
         own = [place.generation_config for place in places]
         # Replace the model's configuration: it may sample or penalize repetition, and `generate` fills unset options from it.
         for place in places:
-            place.generation_config = GenerationConfig(
-                do_sample=False, pad_token_id=self._pad, use_cache=not reads_anew(model), **settings
-            )
+            place.generation_config = GenerationConfig(do_sample=False, pad_token_id=self._pad, use_cache=True, **settings)
         try:
             return model.generate(
                 input_ids=ids.to(model.device),

@@ -1,8 +1,8 @@
 """Several models as one that predicts the mean of their probabilities, for the loss of given tokens and for generation."""
 
+import contextlib
 import copy
 import functools
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-_CACHES = ("past_key_values", "cache_params")
+_CACHES = ("past_key_values", "cache_params", "state")
 """What transformers calls the state that a forward pass continues, by family."""
-_NO_OBJECTS = frozenset({"state", "mems", "past_buckets_states"})
-"""The same of RWKV, XLNet and Reformer, whose states are lists, which nothing tells apart."""
 
 
 def mixture(members: Sequence[Any]) -> Any:
@@ -25,35 +23,45 @@ def mixture(members: Sequence[Any]) -> Any:
     first, others = members[0], members[1:]
     alone = first.forward
     states: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+    latest: dict[str, tuple[Any, list[Any]]] = {}  # of what takes no weak references: RWKV's list, and the tuples of older code
+
+    def keep(name: str, state: Any, theirs: list[Any]) -> None:
+        try:
+            states[state] = theirs
+        except TypeError:
+            latest[name] = state, theirs
+
+    def kept(name: str, state: Any) -> list[Any] | None:
+        held, theirs = latest.get(name, (None, None))
+        if held is state:
+            return theirs
+        with contextlib.suppress(TypeError):
+            return states.get(state)
+        return None
 
     @functools.wraps(alone)
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = {name: kwargs[name] for name in _CACHES if kwargs.get(name) is not None}
-        for state in given.values():
-            if state not in states:
-                states[state] = [copy.deepcopy(state) for _ in others]
+        for name, state in given.items():
+            if kept(name, state) is None:
+                keep(name, state, [copy.deepcopy(state) for _ in others])
+        continued = {name: kept(name, state) or [] for name, state in given.items()}
         output = alone(*args, **kwargs)
         log_p = _log_probabilities(output.logits)
         theirs = []
         for place, member in enumerate(others):
-            own = {name: states[state][place] for name, state in given.items()}
+            own = {name: states_of[place] for name, states_of in continued.items()}
             theirs.append(member(*args, **{**kwargs, **own}))
             log_p = torch.logaddexp(log_p, _log_probabilities(theirs[-1].logits))
         for name in _CACHES:
-            # A family may create its state in the first forward pass.
-            if name not in given and (created := getattr(output, name, None)) is not None:
-                states[created] = [getattr(other, name) for other in theirs]
+            # A family may create its state in the first forward pass, or anew in each.
+            if (created := getattr(output, name, None)) is not None and created is not given.get(name):
+                keep(name, created, [getattr(other, name) for other in theirs])
         output.logits = log_p - math.log(len(members))
         return output
 
     first.forward = forward
-    first.reads_anew = not _NO_OBJECTS.isdisjoint(inspect.signature(alone).parameters)
     return first
-
-
-def reads_anew(model: Any) -> bool:
-    """Whether a model must read all tokens in each pass, as a mixture of models whose states it cannot keep apart."""
-    return getattr(model, "reads_anew", False)
 
 
 def share_equal_weights(model: Any, other: Any) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from cora_cli import intervals
 from cora_cli.errors import CoraError
+from cora_cli.evaluation.execution.problems import syntax_tree
 from cora_cli.progress import say
 from cora_cli.scratch import temporary_directory
 
@@ -79,7 +80,7 @@ def _ratio(sums: Any, n: int) -> Any:
 def _counts(program: str) -> Counts:
     """Everything but ruff's findings, for one program."""
     try:
-        tree = ast.parse(program)
+        tree = syntax_tree(program)
         comments = {
             token.start[0]
             for token in tokenize.generate_tokens(io.StringIO(program, newline=None).readline)

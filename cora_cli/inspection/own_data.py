@@ -6,7 +6,7 @@ Records whose prompts any of the inspected models was trained on are left out: w
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cora_cli.adapters.base import check_base
 from cora_cli.adapters.install import target_linears
@@ -138,9 +138,10 @@ def _read(
         raise CoraError(f"{request.dataset} has no records for {name} that no inspected model was trained on; name other data")
     record = read_run(request.run) if request.run else None
     tokenizer = load_tokenizer(model if model.has_tokenizer else base, adapter=model if model.is_adapter else None)
-    # These schemas have one template each, whatever the model was trained with.
-    wanted: TemplateName = "auto" if record is None or schema in ("messages", "text") else record["data"]["template"]
     trained = trained_on(model)
+    stated = record["data"]["template"] if record else trained.template if trained else None
+    # These schemas have one template each, whatever the model was trained with.
+    wanted = "auto" if stated is None or schema in ("messages", "text") else cast("TemplateName", stated)
     date = template_date(record) if record else trained.date if trained else None
     template = Template(choose_template(wanted, schema, tokenizer), schema, tokenizer, date)
     if template.reads_clock and date is None:

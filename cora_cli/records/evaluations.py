@@ -7,7 +7,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from cora_cli import hashing, writing
 from cora_cli.errors import CoraError
-from cora_cli.reading import checked, read_jsonl, read_numbered
+from cora_cli.reading import fault_of, read_jsonl, read_numbered
 from cora_cli.records.sealed import read_sealed
 from cora_cli.rundir import EvaluationDirectory
 
@@ -190,7 +190,10 @@ def read_predictions(path: Path, *texts: str) -> list[dict[str, Any]]:
         if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in texts):
             wanted = " and ".join([", ".join(f'"{key}"' for key in texts[:-1]), f'"{texts[-1]}"'])
             raise CoraError(f"{where}: expected text under {wanted}, found {json.dumps(line, ensure_ascii=False)[:80]}")
-        checked(line, Prediction, where)
+        if fault := fault_of(line, Prediction):
+            raise CoraError(
+                f"{where}: {fault}, as `cora evaluate` writes it; rename or remove that entry if another program wrote the file"
+            )
         index = json.dumps(line.get("index"))
         if index != "null" and (first := places.setdefault(index, number)) != number:
             raise CoraError(f"{path}: lines {first} and {number} both answer the record with index {index}; remove one of them")

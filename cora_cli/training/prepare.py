@@ -57,6 +57,10 @@ class Shared:
         return found
 
 
+_NO_FOUR_BIT = ("LOHA", "LOKR", "HRA", "C3A")
+"""Methods of PEFT that read the weights of the base, or their shape."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """The checked inputs of a run. `attention` is that of packed rows, which `batching` checks; `model_config` has no dropout, and
@@ -309,6 +313,8 @@ def _fitted(
             f"--load-in-4bit holds {called} of {config.model} in 4 bits, whose rows q_proj, k_proj and v_proj cannot be taken apart; adapt all of "
             f"them with --target-modules {called}, or leave out --load-in-4bit"
         )
+    if config.load_in_4bit and (kind := str(plan.own.get("peft", {}).get("peft_type")).upper()) in _NO_FOUR_BIT:
+        raise CoraError(f"--load-in-4bit does not go with {kind} of --peft-config, which needs the weights themselves")
     plan = method.for_model(plan, model.attention_heads())
     method.configuration(plan)
     layers = _checked_targets(skeleton, method, plan)

@@ -17,6 +17,7 @@ from cora_cli import hashing, rundir
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts, starting_b
 from cora_cli.adapters.loading import check_start
+from cora_cli.adapters.names import is_target
 from cora_cli.adapters.peft_settings import (
     DEFAULT_ALPHA,
     OF_TRAINING,
@@ -142,7 +143,8 @@ class AdapterFactors:
                 adapted = any(f".{of_text(owner)}.weight".endswith(f".{parameter}") for parameter in parameters)
             else:
                 within = tuple(name.rpartition(".")[0] for name in parameters)
-                adapted = bool(ONE_EXPERT.search(owner)) or of_text(owner).endswith(within)
+                named = of_text(owner).endswith(within) and not ("" in within and is_target(self.config, module))
+                adapted = bool(ONE_EXPERT.search(owner)) or named
             if not adapted:
                 continue
             del self._keys[module], self.ranks[module]

@@ -239,7 +239,7 @@ def test_an_adapter_that_changes_other_parts_than_the_language_model_alone_is_re
         load_adapter(load(mllama), resolve_model(str(tmp_path / "adapter")), base=resolve_model(str(mllama)))
 
 
-@pytest.mark.parametrize("prefix", ["", "feed_forward.", "language_model.model.layers.0.feed_forward."])
+@pytest.mark.parametrize("prefix", ["bare", "", "feed_forward.", "language_model.model.layers.0.feed_forward."])
 def test_fused_experts_that_an_adapter_of_that_class_changes_are_found(prefix, tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**sizes, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2}
@@ -250,7 +250,9 @@ def test_fused_experts_that_an_adapter_of_that_class_changes_are_found(prefix, t
         Llama4Config(text_config=text, vision_config={**vision, "vision_output_dim": 16})
     ).eval()
     base.save_pretrained(tmp_path / "base")
-    parameters = [f"{prefix}experts.gate_up_proj", f"{prefix}experts.down_proj"]
+    parameters = ["gate_up_proj", "down_proj"]
+    if prefix != "bare":
+        parameters = [f"{prefix}experts.{name}" for name in parameters]
     config = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", target_parameters=parameters, init_lora_weights=False)
     wrapped = get_peft_model(base, config).eval()
     wrapped.save_pretrained(tmp_path / "adapter")

@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +122,31 @@ def test_members_of_other_families_keep_states_of_their_own(family: str):
         with torch.no_grad():
             p = torch.stack([model(ids).logits[0, -1].softmax(-1) for model in pair]).mean(0)
         assert token == int(p.argmax())
+
+
+class Summing:
+    """A model whose state is a tuple, as the keys and values of older code are, made anew in each pass."""
+
+    def __init__(self, seed: int) -> None:
+        self._weight = torch.randn(9, 9, generator=torch.Generator().manual_seed(seed))
+
+    def forward(self, ids: torch.Tensor, past_key_values: tuple[torch.Tensor] | None = None) -> Any:
+        sums = self._weight[ids].cumsum(1) + (past_key_values[0] if past_key_values else 0)
+        return SimpleNamespace(logits=sums, past_key_values=(sums[:, -1:],))
+
+    __call__ = forward
+
+
+def test_members_whose_state_is_a_tuple_keep_their_own():
+    mixed, pair = mixture([Summing(0), Summing(1)]), [Summing(0), Summing(1)]
+    ids = torch.arange(8)[None]
+    wanted = torch.stack([model.forward(ids).logits.softmax(-1) for model in pair]).mean(0).log()
+    for _ in range(2):  # a second text begins without a state
+        state, found = None, []
+        for place in range(0, 8, 2):
+            output = mixed.forward(ids[:, place : place + 2], past_key_values=state)
+            state, found = output.past_key_values, [*found, output.logits]
+        torch.testing.assert_close(torch.cat(found, dim=1), wanted)
 
 
 def test_an_ensemble_of_equal_models_is_that_model_and_costs_no_memory_twice(tiny_model: Path):

@@ -1,6 +1,7 @@
 import ast
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,11 @@ def test_complexity_counts_branches(body: str, expected: int):
 def test_lines_are_counted_as_python_counts_them(inside: str):
     program = f'text = "a{inside}b"  # a comment\r\nlength = len(text)\r\n'
     assert readability.readability([[program]], 100, 0)["comments"]["value"] == 1 / 2
+
+
+def test_a_warning_of_the_parser_is_no_error():
+    warnings.simplefilter("error")  # as PYTHONWARNINGS=error; pytest restores the filters
+    assert readability.readability([["import re\nre.match('\\d+', '1')\n"]], 100, 0)["parses"]["value"] == 1
 
 
 def test_proxies_are_ratios_of_sums_over_answers_that_parse():

@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from cora_cli.adapters.merge import merge_adapter
 from cora_cli.cli import app
 from cora_cli.data.encode import Example, encode_records
 from cora_cli.data.split import load_records
 from cora_cli.data.templates import Template
 from cora_cli.inspection import functional
+from cora_cli.inspection.own_data import read_own_data
 from cora_cli.inspection.replacements import (
     ITSELF,
     MEAN,
@@ -31,7 +33,9 @@ from cora_cli.inspection.replacements import (
     REPLACEMENTS,
     changed_by,
 )
+from cora_cli.models.references import resolve_model
 from cora_cli.training.run import train
+from cora_cli.weights.sources import open_source
 from tests.training.helpers import config_for, record_of
 
 KINDS = ("q_proj", "k_proj", "v_proj")
@@ -402,3 +406,20 @@ def test_a_run_lends_its_records_to_a_model_that_was_made_of_it(
     [one] = found["function"]
     assert (one["model"], one["records"]) == ("copied", 4)
     assert one["replaced"][ITSELF]["loss"] == pytest.approx(record_of(tmp_path / "run")["heldout"]["after"]["loss"], rel=1e-5)
+
+
+def test_a_merged_model_reads_its_data_by_the_template_of_its_training(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    train(config_for(tiny_model, tiny_data, tmp_path / "run", template="alpaca", max_steps=1))
+    merge_adapter(resolve_model(str(tmp_path / "run")), tmp_path / "merged")
+    records, schema = load_records(str(tmp_path / "run" / "test.jsonl"))
+    template = Template("alpaca", schema, AutoTokenizer.from_pretrained(tiny_model))
+    wanted = [example.input_ids for example in encode_records(records, template, 512, "test").examples]
+    models = {"run": resolve_model(str(tmp_path / "run")), "merged": resolve_model(str(tmp_path / "merged"))}
+    sources, base = {name: open_source(model) for name, model in models.items()}, resolve_model(str(tiny_model))
+    requests = ["own", f"merged={tmp_path / 'run' / 'test.jsonl'}"]
+    found = read_own_data(requests, models, sources, base, ("q_proj",), None)
+    assert {name: [example.input_ids for example in data.examples] for name, data in found.items()} == dict.fromkeys(
+        models, wanted
+    )

@@ -154,6 +154,18 @@ def finished(
     return config, output, train(config)
 
 
+def test_a_method_of_peft_that_reads_the_weights_is_refused_by_its_name(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "loha.json"
+    file.write_text(json.dumps({"peft_type": "LOHA", "r": 4}))
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="peft", peft_config=str(file), load_in_4bit=True)
+    with pytest.raises(
+        CoraError, match="--load-in-4bit does not go with LOHA of --peft-config, which needs the weights themselves"
+    ):
+        prepare(config)
+
+
 def test_a_run_learns_and_its_record_counts_all_numbers_of_the_base(finished: Any, tiny_model: Path) -> None:
     _, output, record = finished
     assert record["heldout"]["change"]["value"] < 0

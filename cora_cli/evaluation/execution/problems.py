@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import io
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -52,7 +53,7 @@ class Problem:
         """Whether the tests hold anything that could fail a program for its results; not so, for example, a comparison without `assert`, or
         `assert (f(1) == 2, "wrong")`, whose pair is always true.
         """
-        for node in ast.walk(ast.parse(self.tests)):
+        for node in ast.walk(syntax_tree(self.tests)):
             if isinstance(node, ast.Raise) or (isinstance(node, ast.Assert) and not isinstance(node.test, ast.Tuple)):
                 return True
             called = node.func if isinstance(node, ast.Call) else None
@@ -162,3 +163,10 @@ def _texts(columns: Mapping[str, Any], name: str, where: str) -> list[str]:
     if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
         raise CoraError(f"{where}: {name} must be a list of texts, not {str(values)[:60]}")
     return values
+
+
+def syntax_tree(program: str) -> ast.Module:
+    """The tree of a program. Its warnings, such as of an escape in a text that is none, are no errors, whatever PYTHONWARNINGS says."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(program)

@@ -132,7 +132,8 @@ def test_damaged_predictions_are_refused(tmp_path: Path, damage: dict):
     path = tmp_path / "predictions.jsonl"
     writing.write_jsonl(path, [{"reference": "y", "prediction": "z", **damage}])
     with pytest.raises(
-        CoraError, match=f"predictions.jsonl, line 1 is damaged or from another version of cora: {next(iter(damage))}"
+        CoraError,
+        match=f"predictions.jsonl, line 1: {next(iter(damage))}.* must be .*, as `cora evaluate` writes it; rename or remove that entry",
     ):
         evaluate(EvaluateConfig(from_predictions=str(path), metrics=("rouge1",), readability=True, device="cpu"))
 
