@@ -1,6 +1,7 @@
 """Read the tests of a record, and turn an answer into a program: HumanEval's shape, MBPP's, and the assertions of `builtin:code`."""
 
 import ast
+import contextlib
 import dataclasses
 import io
 import re
@@ -116,7 +117,10 @@ def say_what_is_not_run(columns: Iterable[Mapping[str, Any] | None], where: str)
 
 def programs_of(line: Mapping[str, Any]) -> list[str]:
     """The programs in a line of `predictions.jsonl`, whose record may carry no tests."""
-    problem = problem_of(line["problem"], "a prediction") if line.get("problem") else Problem("", "", "")
+    problem = Problem("", "", "")
+    if line.get("problem"):
+        with contextlib.suppress(CoraError):  # another program's, of another shape
+            problem = problem_of(line["problem"], "a prediction")
     return [problem.program(sample["prediction"]) for sample in line.get("samples") or [line]]
 
 

@@ -127,6 +127,13 @@ def test_predictions_without_tests_are_refused(tmp_path: Path):
         evaluate(EvaluateConfig(from_predictions=str(path), metrics=("pass@1",), execute_code=True, device="cpu"))
 
 
+def test_the_problem_of_another_program_does_not_keep_its_answers_from_being_counted(tmp_path: Path):
+    path = tmp_path / "predictions.jsonl"
+    writing.write_jsonl(path, [{"reference": "y = 1", "prediction": "y = 1", "problem": {"id": 3}}])
+    [found] = evaluate(EvaluateConfig(from_predictions=str(path), metrics=("rouge1",), readability=True, device="cpu"))
+    assert found.record["readability_proxies"]["parses"]["value"] == 1
+
+
 @pytest.mark.parametrize("damage", [{"problem": "assert f()"}, {"samples": [3]}])
 def test_damaged_predictions_are_refused(tmp_path: Path, damage: dict):
     path = tmp_path / "predictions.jsonl"
