@@ -26,6 +26,7 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.methods.parts.layers import ADAPTER
 from cora_cli.methods.parts.starts import seeded
 from cora_cli.models.model_path import ModelPath
+from cora_cli.models.skeleton import fused_experts
 from cora_cli.progress import say
 
 _ROWS = "deviation"
@@ -97,6 +98,8 @@ def drawn_models(model: Any, adapter: ModelPath, count: int) -> list[Any]:
             except (RuntimeError, ValueError) as error:
                 raise CoraError(f"{path} does not belong to this adapter: {name}: {reason(error)}") from error
         if precision is not None:
+            if fused_experts(one):  # the kernel for all experts at once has no such derivatives
+                one.set_experts_implementation("eager")
             one.forward = _linearised(one.forward)
         drawn.append(one)
     return drawn

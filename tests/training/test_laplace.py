@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from cora_cli import writing
@@ -31,6 +31,7 @@ from cora_cli.training.laplace import laplace
 from cora_cli.training.run import train
 from tests.evaluation.helpers import unsealed
 
+from .families import COMMON, EXPERTS
 from .helpers import config_for, record_of
 
 IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
@@ -107,8 +108,29 @@ def test_a_precision_without_bound_gives_the_trained_model(run: Path, tmp_path: 
     assert evaluated(tmp_path / "sure", tmp_path / "out", draws=2)["metrics"]["nll"]["value"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_draws_are_linear_in_the_weights_by_a_central_difference(fitted: Path, tiny_model: Path):
-    model = loaded(fitted, tiny_model)
+@pytest.fixture(scope="module")
+def experts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of experts with the tokenizer of the tiny model."""
+    place, tokenizer = tmp_path_factory.mktemp("models") / "experts", AutoTokenizer.from_pretrained(tiny_model)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen3_moe", **COMMON | EXPERTS | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("family", ["llama", "experts"])
+def test_draws_are_linear_in_the_weights_by_a_central_difference(
+    family: str, fitted: Path, tiny_model: Path, experts: Path, tiny_data: Path, tmp_path: Path
+):
+    base = tiny_model if family == "llama" else experts
+    if family == "experts":
+        train(config_for(base, tiny_data, tmp_path / "run", max_steps=4, target_modules=("q_proj", "v_proj")))
+        laplace(str(tmp_path / "run"), tmp_path / "fitted", limit=8, directions=16, prior_precision=20.0, device="cpu")
+        fitted = tmp_path / "fitted"
+    model = loaded(fitted, base)
     [draw] = drawn_models(model, resolve_model(str(fitted)), 1)
     with torch.no_grad():
         value = model(IDS).logits
@@ -119,6 +141,8 @@ def test_draws_are_linear_in_the_weights_by_a_central_difference(fitted: Path, t
             tangents[name] = module.tangent
     assert len(tangents) == 8
     model = model.double()
+    if family == "experts":  # their kernel takes no float64
+        model.set_experts_implementation("eager")
     ends = []
     for sign in (1e-3, -1e-3):  # transformers computes norms in float32, whose noise a smaller step would magnify
         with torch.no_grad():
