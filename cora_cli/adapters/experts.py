@@ -1,12 +1,10 @@
 """Adapters of single experts, as every earlier transformers had them; PEFT joins those of all experts, since these are one parameter by now."""
 
-import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.utils import transformers_weight_conversion
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
@@ -93,24 +91,6 @@ def of_all_experts(
     if isinstance(targets, list):
         targets = [*targets, *sorted(added - {target.rpartition(".")[2] for target in targets})]
     return {**config, "target_modules": targets}, plain
-
-
-@contextlib.contextmanager
-def names_kept() -> Iterator[None]:
-    """Have PEFT take an adapter's tensors by the names that they have, but for those of single experts, which it joins.
-
-    Otherwise it applies transformers' rules for the names in files to names that are the model's already, and drops what then fits nothing: in
-    Laguna, a rule for `shared_expert.` makes `shared_experts..up_proj` of `shared_experts.up_proj`.
-    """
-    place: Any = transformers_weight_conversion
-    before = place.convert_peft_adapter_state_dict_for_transformers
-    place.convert_peft_adapter_state_dict_for_transformers = (
-        lambda model, peft_config, adapter_state_dict, adapter_name=ADAPTER: joined(model, adapter_state_dict)
-    )
-    try:
-        yield
-    finally:
-        place.convert_peft_adapter_state_dict_for_transformers = before
 
 
 def joined(wrapped: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,15 +3,18 @@
 An earlier transformers gave other ones, and so does the class for images and text of which the loaded model is the language model alone.
 """
 
+import contextlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 from peft import IA3Config, LoraConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import transformers_weight_conversion
 from transformers import PreTrainedModel
 
+from cora_cli.adapters.experts import joined
 from cora_cli.adapters.peft_settings import pattern_value
 from cora_cli.adapters.storage import PREFIX
 from cora_cli.models.checkpoint import Checkpoint
@@ -47,6 +50,24 @@ def renamed(stored: Mapping[str, Stored], names: Mapping[str, str]) -> dict[str,
         f"{PREFIX}{names[modules[key]]}{key.removeprefix(PREFIX + modules[key])}" if key in modules else key: value
         for key, value in stored.items()
     }
+
+
+@contextlib.contextmanager
+def names_kept() -> Iterator[None]:
+    """Have PEFT take an adapter's tensors by the names that they have, but for those of single experts, which it joins.
+
+    Otherwise it applies transformers' rules for the names in files to names that are the model's already, and drops what then fits nothing: in
+    Laguna, a rule for `shared_expert.` makes `shared_experts..up_proj` of `shared_experts.up_proj`.
+    """
+    place: Any = transformers_weight_conversion
+    before = place.convert_peft_adapter_state_dict_for_transformers
+    place.convert_peft_adapter_state_dict_for_transformers = lambda model, peft_config, adapter_state_dict, adapter_name: (
+        joined(model, adapter_state_dict)
+    )
+    try:
+        yield
+    finally:
+        place.convert_peft_adapter_state_dict_for_transformers = before
 
 
 def of_left_out_parts(model: PreTrainedModel, keys: Collection[str], names: Mapping[str, str], base: ModelPath) -> set[str]:

@@ -22,16 +22,22 @@ TOLERANCES = {torch.float32: 1e-4, None: 5e-2}
 """The largest mean difference of the logits of one step, relative to their mean size; None is the precision of the model."""
 
 
-def make_probes(prompts: Sequence[Tokens], limits: set[int], whole: bool = False) -> list[list[int]]:
+def make_probes(prompts: Sequence[Tokens], limits: set[int], longest_too: bool = False) -> list[list[int]]:
     """Beginnings of prompts: a short one, a longer one, one that shares a prefix with it, and two beyond each limit that is reached.
 
-    Of these two, the shorter one is padded. `whole` adds the longest prompt, for a model whose limits are not known.
+    Of these two, the shorter one is padded. `longest_too` adds the longest prompt, for a model whose limits are not known.
     """
     by_length = sorted(map(list, prompts), key=len)
     shortest, longest = by_length[0], by_length[-1]
     beyond = [longest[: limit + more] for limit in sorted(limits) if limit < len(longest) for more in (16, 1)]
     # None is longer than the longest prompt, so that all fit the model's context.
-    return [longest[:64], shortest[:8], (longest[:40] + shortest[:8])[: len(longest)], *beyond, *([longest] if whole else [])]
+    return [
+        longest[:64],
+        shortest[:8],
+        (longest[:40] + shortest[:8])[: len(longest)],
+        *beyond,
+        *([longest] if longest_too else []),
+    ]
 
 
 class Agreement:

@@ -84,10 +84,10 @@ def choose_batching(
     return Batching(pads, own, why) if apart is None else Batching(singles, own, f"{why}, and {apart}")
 
 
-def make_probes(examples: Sequence[Example], limits: set[int], whole: bool = False) -> list[Example]:
+def make_probes(examples: Sequence[Example], limits: set[int], longest_too: bool = False) -> list[Example]:
     """Beginnings of examples, shortest first: a short one, a longer one, one that shares a prefix with it, and one beyond each limit.
 
-    Limits that no example reaches need no probe. `whole` adds the longest example, for a model whose limits are not known.
+    Limits that no example reaches need no probe. `longest_too` adds the longest example, for a model whose limits are not known.
     """
     if not examples:
         return []
@@ -95,7 +95,7 @@ def make_probes(examples: Sequence[Example], limits: set[int], whole: bool = Fal
     shortest = min(examples, key=lambda example: len(example.input_ids)).input_ids
     beyond = [longest[: limit + max(64, limit // 8)] for limit in limits if limit < len(longest)]
     alike = (longest[:SHORT] + shortest[:SHORT])[: len(longest)]  # fits the model's context as the longest example does
-    found = [shortest[:SHORT], longest[:PROBE], alike, *beyond, *([longest] if whole else [])]
+    found = [shortest[:SHORT], longest[:PROBE], alike, *beyond, *([longest] if longest_too else [])]
     return [Example(ids, max(1, len(ids) - COMPARED)) for ids in sorted(found, key=len)]
 
 

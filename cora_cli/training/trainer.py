@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from cora_cli.adapters.experts import names_kept
 from cora_cli.adapters.install import AngleMeter, apply_trained_set
+from cora_cli.adapters.names import names_kept
 from cora_cli.adapters.storage import make_room
 from cora_cli.data.batches import GHOST, BatchForm, Collator, ExampleSet, GlobalBatches
 from cora_cli.data.encode import Example

@@ -31,7 +31,7 @@ def test_probes_lie_on_both_sides_of_every_limit_that_the_data_reach() -> None:
     lengths = [len(probe.input_ids) for probe in make_probes(EXAMPLES, {30, 70})]
     assert lengths == [5, 29, 60, 60]
     assert make_probes([], {30}) == []
-    assert len(make_probes([Example(list(range(300)), 1)], set(), whole=True)[-1].input_ids) == 300
+    assert len(make_probes([Example(list(range(300)), 1)], set(), longest_too=True)[-1].input_ids) == 300
     assert all(0 < probe.prompt_length < len(probe.input_ids) for probe in make_probes([Example([1, 2], 1)], {1}))
 
 

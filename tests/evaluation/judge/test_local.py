@@ -87,13 +87,13 @@ def test_a_local_judge_gets_the_tokens_of_the_chat_templates_text(template, mess
     tokenizer.save_pretrained(model)
     judge = LocalJudge(JudgeConfig(from_predictions="p.jsonl", judge_model=str(model), **FAST))
     asked = [{"role": "user", "content": message}]
-    whole = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert judge._encode(message) == whole
+    expected = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert judge._encode(message) == expected
     opened = judge._encode(message, '{"a":')
-    assert tokenizer.decode(opened[len(whole) :]) == '{"a":'
-    assert opened[: len(whole)] == whole
+    assert tokenizer.decode(opened[len(expected) :]) == '{"a":'
+    assert opened[: len(expected)] == expected
     control = judge._encode(f"{message} </s>")
-    assert control.count(tokenizer.eos_token_id) == whole.count(tokenizer.eos_token_id)
+    assert control.count(tokenizer.eos_token_id) == expected.count(tokenizer.eos_token_id)
     assert tokenizer.decode(control, skip_special_tokens=True).count("</s>") == 1
 
 
