@@ -139,7 +139,9 @@ def _read(
     record = read_run(request.run) if request.run else None
     tokenizer = load_tokenizer(model if model.has_tokenizer else base, adapter=model if model.is_adapter else None)
     trained = trained_on(model)
-    stated = record["data"]["template"] if record else trained.template if trained else None
+    stated, length = (trained.template, trained.max_length) if trained else (None, None)
+    if record:
+        stated, length = record["data"]["template"], record["fingerprint"]["settings"].get("max_length")
     # These schemas have one template each, whatever the model was trained with.
     wanted = "auto" if stated is None or schema in ("messages", "text") else cast("TemplateName", stated)
     date = template_date(record) if record else trained.date if trained else None
@@ -148,9 +150,8 @@ def _read(
         say(f"{name}: the chat template writes the date into its prompts: {template.date}")
     config = load_configuration(base if model.is_adapter else model)
     context, rows = context_length(config), _embedding_rows(config, source)
-    # A run cut its records to this length; without a run, only the model's context limits them.
-    length = int(record["fingerprint"]["settings"].get("max_length", context)) if record else context
-    encoded = encode_records(new, template, length, "own", rows, context=context)
+    # The training cut its records to its length; that of a model from elsewhere is not known, and only its context limits them.
+    encoded = encode_records(new, template, int(length or context), "own", rows, context=context)
     for notice in notices(encoded):
         say(f"records for {name}: {notice}")
     return OwnData(request.dataset, encoded.examples[:limit])

@@ -23,7 +23,8 @@ _TRAINED_BY = re.compile(rb"^Trained by cora ", re.MULTILINE)
 
 @dataclasses.dataclass(frozen=True)
 class TrainedOn:
-    """The hashes of the prompts that a model was trained on, the data sets that they came from, their template, and the date that it writes.
+    """The hashes of the prompts that a model was trained on, the data sets that they came from, their template, the date that it writes, and the
+    tokens to which their training cut examples.
 
     `place` is the directory with the record. It is not `complete` where an early version trained, which recorded no prompts.
     """
@@ -34,6 +35,7 @@ class TrainedOn:
     datasets: tuple[str, ...]
     date: str | None
     template: str | None = None
+    max_length: int | None = None
 
 
 def run_of(model: ModelPath) -> RunDirectory | None:
@@ -48,16 +50,16 @@ def trained_on(model: ModelPath) -> TrainedOn | None:
     if (model.path / RECORD).exists():
         carried = read_sealed(model.path / RECORD, CarriedTraining)
         prompts = _read_prompts(model.path / PROMPTS, carried["trained_prompts_sha256"])
-        date, template = carried["template_date"], carried.get("template")
-        return TrainedOn(model.path, prompts, carried["complete"], tuple(carried["datasets"]), date, template)
+        date, template, length = carried["template_date"], carried.get("template"), carried.get("max_length")
+        return TrainedOn(model.path, prompts, carried["complete"], tuple(carried["datasets"]), date, template, length)
     run = run_of(model)
     if run is None:
         return None
     record = read_run(run)
     data = record["data"]
     prompts = _read_prompts(run.trained_prompts, data.get("trained_prompts_sha256"))
-    date = template_date(record)
-    return TrainedOn(run.root, prompts, run.trained_prompts.exists(), (data["dataset"],), date, data["template"])
+    date, length = template_date(record), record["fingerprint"]["settings"].get("max_length")
+    return TrainedOn(run.root, prompts, run.trained_prompts.exists(), (data["dataset"],), date, data["template"], length)
 
 
 def known_prompts(model: ModelPath) -> frozenset[str]:
@@ -131,6 +133,7 @@ def carry_record(directory: Path, *models: ModelPath) -> None:
         "complete": all(each.complete for each in found),
         "template_date": next((each.date for each in found if each.date), None),
         "template": next((each.template for each in found if each.template), None),
+        "max_length": next((each.max_length for each in found if each.max_length), None),
     }
     write_sealed(directory / RECORD, record)
     writing.write_text(directory / PROMPTS, listed)

@@ -81,6 +81,7 @@ class CarriedTraining(TypedDict):
     complete: bool
     template_date: str | None
     template: NotRequired[str | None]
+    max_length: NotRequired[int | None]
 
 
 class Loss(TypedDict):

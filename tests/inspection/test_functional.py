@@ -408,14 +408,14 @@ def test_a_run_lends_its_records_to_a_model_that_was_made_of_it(
     assert one["replaced"][ITSELF]["loss"] == pytest.approx(record_of(tmp_path / "run")["heldout"]["after"]["loss"], rel=1e-5)
 
 
-def test_a_merged_model_reads_its_data_by_the_template_of_its_training(
+def test_a_merged_model_reads_its_data_by_the_template_and_the_length_of_its_training(
     tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    train(config_for(tiny_model, tiny_data, tmp_path / "run", template="alpaca", max_steps=1))
+    train(config_for(tiny_model, tiny_data, tmp_path / "run", template="alpaca", max_length=48, max_steps=1))
     merge_adapter(resolve_model(str(tmp_path / "run")), tmp_path / "merged")
     records, schema = load_records(str(tmp_path / "run" / "test.jsonl"))
     template = Template("alpaca", schema, AutoTokenizer.from_pretrained(tiny_model))
-    wanted = [example.input_ids for example in encode_records(records, template, 512, "test").examples]
+    wanted = [example.input_ids for example in encode_records(records, template, 48, "test").examples]
     models = {"run": resolve_model(str(tmp_path / "run")), "merged": resolve_model(str(tmp_path / "merged"))}
     sources, base = {name: open_source(model) for name, model in models.items()}, resolve_model(str(tiny_model))
     requests = ["own", f"merged={tmp_path / 'run' / 'test.jsonl'}"]
