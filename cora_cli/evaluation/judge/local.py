@@ -58,6 +58,7 @@ class LocalJudge:
             "tokenizer_sha256": self._model.tokenizer_hash(),
             "dtype": self._hardware.dtype_name,
             "max_tokens": config.max_tokens,
+            "tokens": "of the complete text",  # earlier versions took those of its parts
             "asked_again": "from the opening of the object to its end",
             **({"template_date": self._date} if writes_date else {}),
         }
