@@ -84,10 +84,20 @@ class Conversation:
         if self.answered.startswith(self.earlier):
             return header, self.answered.removeprefix(self.earlier)
         start = self.answered.rfind(header, 0, _common(self.probed, self.answered) + len(header))
-        # It is that of an earlier answer where a template begins none of its own behind the result of a tool.
-        if start < 0 or self.answered[: start + len(header)].count(header) < self.prompt.count(header):
+        if start < 0 or self._is_earlier(start, header):
             return None
         return header, self.answered[start:]
+
+    def _is_earlier(self, start: int, header: str) -> bool:
+        """Whether the header at `start` may be that of an earlier answer, as where a template begins none of its own behind the result of a tool."""
+        assert self.earlier is not None
+        assert self.probed is not None
+        if self.answered[: start + len(header)].count(header) >= self.prompt.count(header):
+            return False
+        # Prompts also have more headers where the thoughts of earlier answers have turns of their own. The last message then stands before this one.
+        before, behind = self.answered[:start], self.probed[start + len(header) :].partition(PROBE)[0]
+        last = before[len(before) - _common(before[::-1], self.earlier[::-1]) :]
+        return not last.strip() or last in behind
 
 
 def continued(prompt: str, answer: str) -> str:

@@ -261,3 +261,26 @@ def test_a_call_is_trained_with_the_complete_word_or_control_token_in_which_it_d
     assert (rendered.prompt, rendered.response) == (f"one?<|im_end|>\n{prompted}", f"{written}clock")
     record["messages"][-1]["tool_calls"][0]["function"]["name"] = "say Assistant: hi"
     assert template.render(record).response == f"{written}say Assistant: hi"
+
+
+@pytest.mark.parametrize("thinking", [{}, {"thinking": "It said noon."}])
+def test_an_answer_has_its_channel_where_prompts_alone_have_the_turn_of_an_earlier_calls_thoughts(thinking):
+    # As in gpt-oss' template, which leaves out the thoughts of a call once the conversation has its answer.
+    tokenizer = with_template(
+        "{% set answered = messages[-1].role == 'assistant' and not messages[-1].tool_calls %}"
+        "{% for m in messages %}"
+        "{% if m.thinking and not (m.tool_calls and answered) %}<|im_start|>assistant<think>{{ m.thinking }}<|im_end|>{% endif %}"
+        "{% if m.tool_calls %}<|im_start|>assistant to={{ m.tool_calls[0].name }}<|im_end|>"
+        "{% elif m.role == 'assistant' %}<|im_start|>assistant<final>{{ m.content }}<|im_end|>"
+        "{% else %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    call = {"role": "assistant", "content": "", "thinking": "A clock.", "tool_calls": [{"name": "clock"}]}
+    answer = {"role": "assistant", "content": "Noon.", **thinking}
+    record = {"messages": [QUESTION, call, {"role": "tool", "content": "12"}, answer]}
+    rendered = Template("chat", "messages", tokenizer).render(record)
+    thought = "<think>It said noon.<|im_end|><|im_start|>assistant" if thinking else ""
+    assert rendered.response == f"{thought}<final>Noon."
+    assert rendered.prompt.endswith(
+        "<think>A clock.<|im_end|><|im_start|>assistant to=clock<|im_end|><|im_start|>tool: 12<|im_end|><|im_start|>assistant"
+    )
