@@ -305,7 +305,7 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
     for key in sorted(allowed & set(state)):
         if state[key].is_floating_point() or ".lora_" in key or key.endswith("weight"):
             finite(state[key], adapter.reference, key)
-    if lost := sorted((expected - set(state)) | (set(state) - allowed)):
+    if lost := sorted((expected - set(state)) | (set(state) - allowed - _repeated(state))):
         taken = type(wrapped.get_base_model()).__name__  # which may be the part for text of a class for images and text
         kind = "is missing" if lost[0] in expected else f"belongs to no layer of {taken}"
         known = {name for name, _ in wrapped.get_base_model().named_modules()}
@@ -325,6 +325,17 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
     for key in sorted(expected) if isinstance(wrapped.active_peft_config, LoraConfig) else ():
         if not torch.equal(factors[key], state[key].to(factors[key])):
             raise CoraError(f"adapter {adapter.path}: PEFT does not load {key} as it is stored")
+
+
+def _repeated(state: Mapping[str, torch.Tensor]) -> set[str]:
+    """The keys under which PEFT stores a saved module a second time, and what it replaces, where its embedding has more rows than before."""
+    found = set()
+    for key in state:
+        module, _, weight = key.partition(".modules_to_save.")
+        kept = state.get(f"{module}.{weight}")
+        if weight and kept is not None and torch.equal(kept, state[key]):
+            found |= {key, f"{module}.original_module.{weight}"}
+    return found
 
 
 def _load_own(model: PreTrainedModel, adapter: ModelPath, facts: AdapterFacts, trainable: bool) -> PeftModel:

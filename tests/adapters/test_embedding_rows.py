@@ -122,6 +122,35 @@ def test_the_rows_of_added_tokens_stay_with_an_adapter_that_becomes_a_lora(tiny_
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "exported")), expected, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_a_saved_head_that_peft_stores_twice_since_tokens_were_added_is_taken_once(gpt2, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(gpt2)
+    rows = base.config.vocab_size + 2
+    base.resize_token_embeddings(rows, mean_resizing=False)
+    config = LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["lm_head"], ensure_weight_tying=True)
+    config.base_model_name_or_path = str(gpt2)
+    wrapped = get_peft_model(base, config).eval()
+    for number, parameter in enumerate(one for one in wrapped.parameters() if one.requires_grad):
+        parameter.add_(torch.sin(torch.arange(parameter.numel())).reshape(parameter.shape), alpha=0.1 * (number + 1))
+    expected = wrapped(torch.arange(12)[None]).logits
+    wrapped.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    stored = load_file(file)
+    assert "base_model.model.lm_head.modules_to_save.weight" in stored
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(torch.arange(12)[None]).logits, expected, atol=1e-5, rtol=1e-5)
+    export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
+    grown = AutoModelForCausalLM.from_pretrained(gpt2)
+    grown.resize_token_embeddings(rows, mean_resizing=False)
+    loaded = PeftModel.from_pretrained(grown, tmp_path / "exported").eval()
+    torch.testing.assert_close(loaded(torch.arange(12)[None]).logits, expected, atol=1e-5, rtol=1e-5)
+    stored["base_model.model.lm_head.modules_to_save.weight"] += 1
+    save_file(stored, file, metadata={"format": "pt"})
+    with pytest.raises(CoraError, match=r"lm_head.modules_to_save.weight, belongs to no layer"):
+        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "other")
+
+
 def test_rows_of_a_head_that_an_adapter_leaves_out_are_the_mean_of_the_others_and_named(tiny_model, tmp_path, capsys):
     base = LlamaForCausalLM.from_pretrained(tiny_model)
     base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.clone())
