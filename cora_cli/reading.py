@@ -55,7 +55,8 @@ def decode_json(text: str, start: int = 0) -> tuple[Any, int]:
         raise
     except ValueError as error:  # Python refuses to convert integers of more than 4,300 digits
         raise Malformed("it holds a number with too many digits") from error
-    if "\\u" in text and (half := _half_pair(value)):
+    # The value's own text alone: an array of many records is decoded one by one.
+    if text.find("\\u", start, end) >= 0 and (half := _half_pair(value)):
         raise Malformed(f"it holds {half!a}, which is half of a character and no text")
     return value, end
 

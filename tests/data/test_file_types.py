@@ -9,6 +9,7 @@ import os
 import pyarrow
 import pytest
 
+from cora_cli.data import readers
 from cora_cli.data.readers import read_located
 from cora_cli.data.split import Choice, load_records, load_split
 from cora_cli.errors import CoraError
@@ -55,6 +56,32 @@ def test_quotation_marks_of_a_tsv_file_that_quote_no_fields_are_text(written, re
     found = [(row["prompt"], row["completion"]) for _, row in read_located(str(tmp_path / "a.tsv"))]
     assert found == read
     assert ("are read as text" in capsys.readouterr().err) == (written[0] != "5" and '""' not in written)
+
+
+class Watched(str):
+    """A text that counts the characters among which others are looked for."""
+
+    __slots__ = ("searched",)
+
+    def __contains__(self, part):
+        self.find(part)
+        return super().__contains__(part)
+
+    def find(self, part, start=0, end=None):
+        self.searched = getattr(self, "searched", 0) + (len(self) if end is None else end) - start
+        return super().find(part, start, end)
+
+    def count(self, part, start=0, end=None):
+        self.find(part, start, end)
+        return super().count(part, start, end)
+
+
+def test_an_array_is_searched_a_few_times_and_not_again_for_each_record(tmp_path, monkeypatch):
+    text = Watched(json.dumps([PAIR] * 500, indent=1))
+    (tmp_path / "a.json").write_text(text)
+    monkeypatch.setattr(readers, "text_of", lambda path: text)
+    assert len(list(read_located(str(tmp_path / "a.json")))) == 500
+    assert 0 < text.searched < 4 * len(text)
 
 
 @pytest.mark.parametrize(("ending", "compress"), COMPRESSIONS.items())
