@@ -10,12 +10,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import _register_frozen_peft_weight
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from cora_cli.adapters.names import feedforward_among
 from cora_cli.basis.artifact import Basis
 from cora_cli.basis.choices import is_target
 from cora_cli.errors import CoraError, is_out_of_memory, reason
@@ -174,6 +175,8 @@ def install_adapter(
     if isinstance(config, LoraConfig):
         # PEFT computes its own starts once; loading the adapter must not compute them again.
         config.init_lora_weights = True
+    if isinstance(config, IA3Config):
+        _name_feedforward(config, linears)
     with torch.no_grad():
         for name, layer in lora_layers(wrapped):
             _start(layer, plan, starts[name])
@@ -198,6 +201,13 @@ def _name_targets(config: Any, model: PreTrainedModel, targets: tuple[str, ...],
         config.target_modules = set(linears)
     if any(isinstance(model.get_submodule(name), Conv1D) for name in linears) and "fan_in_fan_out" in vars(config):
         config.fan_in_fan_out = True
+
+
+def _name_feedforward(config: Any, linears: Collection[str]) -> None:
+    """Have an installed IA3 stored with settings that PEFT reads; see `feedforward_among`."""
+    if not isinstance(config.feedforward_modules, str):
+        for setting, names in feedforward_among(config.feedforward_modules, config.target_modules, linears).items():
+            setattr(config, setting, {*names})
 
 
 def _start(

@@ -23,7 +23,15 @@ from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.experts import joined, of_all_experts, of_one_scale, unchanged_experts
 from cora_cli.adapters.facts import COMPACT_FILE, AdapterFacts, read_facts, starting_b
 from cora_cli.adapters.install import apply_trained_set, install_adapter
-from cora_cli.adapters.names import config_by_names, module_of, names_kept, names_of, of_left_out_parts, renamed
+from cora_cli.adapters.names import (
+    config_by_names,
+    feedforward_by_names,
+    module_of,
+    names_kept,
+    names_of,
+    of_left_out_parts,
+    renamed,
+)
 from cora_cli.adapters.peft_settings import check_patterns, misfit, say_other_weight_files, say_unknown_settings
 from cora_cli.adapters.rows import resize_embeddings
 from cora_cli.adapters.storage import PREFIX, WEIGHTS_FILE, check_is_complete, stores_trained
@@ -91,7 +99,7 @@ def load_adapter(
                 state = renamed(stored, names)
                 check_start(adapter)
                 resize_embeddings(model, state, adapter)
-                config = config_by_names(config, stored, names)
+                config = config_by_names(feedforward_by_names(config, stored), stored, names)
                 with _for_peft(adapter, state, config) as path:
                     wrapped = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
                 _check_arrived(wrapped, state, adapter)

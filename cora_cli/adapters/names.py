@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
-from peft import IA3Config, LoraConfig
+from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import transformers_weight_conversion
@@ -111,15 +111,39 @@ def config_by_names(config: dict[str, Any], keys: Collection[str], names: Mappin
             values = {module: pattern_value(config[setting], module, None) for module in modules}
             ours = {here[module]: value for module, value in values.items() if value is not None}
             changed[setting] = ours | ({of_text(name): value for name, value in config[setting].items()} if parameters else {})
-    if inner := config.get("feedforward_modules"):  # of IA3: those whose input is scaled
-        as_targets = IA3Config(target_modules=inner)
-        changed["feedforward_modules"] = [here[module] for module in modules if check_target_module_exists(as_targets, module)]
+    if inner := config.get("feedforward_modules"):
+        changed["feedforward_modules"] = [here[module] for module in modules if is_feedforward(inner, module)]
     if saved := config.get("modules_to_save"):
         changed["modules_to_save"] = [_here(module, names) for module in saved]
     if isinstance(rows := config.get("trainable_token_indices"), dict):
         changed["trainable_token_indices"] = {_here(module, names): tokens for module, tokens in rows.items()}
     unused = ("exclude_modules", "layers_to_transform", "layers_pattern")
     return {**config, **changed, "target_modules": list(here.values()), **{name: None for name in unused if name in config}}
+
+
+def is_feedforward(stated: str | Collection[str], module: str) -> bool:
+    """Whether IA3 scales what goes into a module, and not what comes out, by its setting `feedforward_modules`."""
+    return bool(re.fullmatch(stated, module)) if isinstance(stated, str) else module.endswith(tuple(stated))
+
+
+def feedforward_by_names(config: dict[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """The configuration of an IA3 adapter with the `keys` as PEFT reads it; see `feedforward_among`."""
+    inner, targets = config.get("feedforward_modules"), config.get("target_modules")
+    if not (isinstance(inner, list) and isinstance(targets, list)):
+        return config
+    modules = {found["module"] for key in keys if ".ia3_l" in key and (found := _KEY.match(key))}
+    return config | feedforward_among(inner, targets, modules)
+
+
+def feedforward_among(inner: Collection[str], targets: Collection[str], modules: Collection[str]) -> dict[str, list[str]]:
+    """The settings of IA3 on `modules` with each of its feedforward_modules, `inner`, among the target_modules; nothing where that is so.
+
+    PEFT fills in those of a family as it installs an adapter, whether they are `targets` or not, and refuses what it then stores.
+    """
+    if {*inner} <= {*targets}:
+        return {}
+    among = sorted(module for module in modules if is_feedforward(inner, module))
+    return {"target_modules": sorted(modules), "feedforward_modules": among} if among else {"feedforward_modules": []}
 
 
 def _here(module: str, names: Mapping[str, str]) -> str:

@@ -229,6 +229,18 @@ def test_so_does_an_adapter_of_another_method(config, mllama, tmp_path):
     assert not torch.allclose(found, logits(load(mllama)), atol=1e-3)
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], ["v_proj", "mlp.down_proj"]])
+def test_an_ia3_that_peft_stores_with_feedforward_modules_that_are_no_targets_is_loaded(targets, tiny_model, tmp_path):
+    torch.manual_seed(1)
+    config = IA3Config(target_modules=targets, init_ia3_weights=False)
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"`feedforward_modules` should be a subset"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "adapter")
+    found = load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), resolve_model(str(tmp_path / "adapter")))
+    torch.testing.assert_close(logits(found), logits(wrapped))
+
+
 def test_an_adapter_that_changes_other_parts_than_the_language_model_alone_is_refused(mllama, tmp_path):
     config = LoraConfig(r=2, target_modules=r".*vision_model.*q_proj", init_lora_weights=False)
     wrapped = get_peft_model(MllamaForConditionalGeneration.from_pretrained(mllama), config)

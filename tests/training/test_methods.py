@@ -221,3 +221,20 @@ def test_the_file_of_pefts_method_is_recorded_by_its_absolute_path_and_may_move(
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     moved = (tmp_path / "loha.json").rename(tmp_path / "moved.json")
     assert train(replace(config, peft_config=str(moved), resume=True))["status"] == "finished"
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "down_proj")])
+def test_ia3_without_feedforward_modules_is_stored_as_peft_reads_it(targets, tiny_model, tiny_data, tmp_path) -> None:
+    # PEFT fills in down_proj for a Llama, and refuses it where it is no target.
+    (tmp_path / "ia3.json").write_text('{"peft_type": "IA3"}')
+    run, changes = tmp_path / "run", {"peft_config": str(tmp_path / "ia3.json"), "dropout": 0.0, "learning_rate": 0.3}
+    train(config_for(tiny_model, tiny_data, run, mode="peft", target_modules=targets, max_steps=2, **changes))
+    elsewhere = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), run / "adapter").eval()
+    scaled = {name for name, layer in elsewhere.named_modules() if getattr(layer, "is_feedforward", False)}
+    assert bool(scaled) == ("down_proj" in targets)
+    base, adapter = AutoModelForCausalLM.from_pretrained(tiny_model), resolve_model(str(run / "adapter"))
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        expected, before = elsewhere(ids).logits, base.eval()(ids).logits
+        torch.testing.assert_close(load_adapter(base, adapter)(ids).logits, expected)
+        assert not torch.allclose(expected, before, atol=1e-2)
