@@ -24,6 +24,7 @@ from cora_cli.evaluation.sampling import Draws, Finite, Sampling
 from cora_cli.methods.parts.layers import has_invocation, transformers_model
 from cora_cli.models.configuration import depends_on_batch, rope_switch
 from cora_cli.models.model_path import ModelPath
+from cora_cli.models.own_code import takes_cache
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_jsonl
 from cora_cli.records import PartialPrediction
@@ -361,9 +362,10 @@ class BatchedGenerate:
         # PEFT hands its own configuration on to another module where an adapter changes the input.
         places = [model, transformers_model(model)]
         own = [place.generation_config for place in places]
+        settings["use_cache"] = takes_cache(places[-1])
         # Replace the model's configuration: it may sample or penalize repetition, and `generate` fills unset options from it.
         for place in places:
-            place.generation_config = GenerationConfig(do_sample=False, pad_token_id=self._pad, use_cache=True, **settings)
+            place.generation_config = GenerationConfig(do_sample=False, pad_token_id=self._pad, **settings)
         try:
             return model.generate(
                 input_ids=ids.to(model.device),

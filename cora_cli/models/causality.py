@@ -57,6 +57,10 @@ def require_causal_pass(model: Any, tokens: Sequence[int]) -> None:
     try:
         with torch.enable_grad():
             logits = model(input_ids=torch.tensor([list(tokens)], device=model.device)).logits
+            if logits.shape[1] < len(tokens):
+                raise CoraError(
+                    f"{type(model).__name__} cannot be trained: without labels, it computes logits of {logits.shape[1]} of {len(tokens)} tokens"
+                )
             (gradient,) = torch.autograd.grad(logits[0, :half].float().sum(), found[:1])
     except UNSUPPORTED as error:
         if is_out_of_memory(error):

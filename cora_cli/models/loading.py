@@ -19,6 +19,7 @@ from cora_cli.models.causality import require_causal
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
 from cora_cli.models.configuration import RESCALED, keep_scales, load_configuration
 from cora_cli.models.model_path import ModelPath
+from cora_cli.models.own_code import complete_class, listed_ties
 from cora_cli.models.quantized import (
     PLAIN_COPY,
     ask_for_plain,
@@ -33,7 +34,7 @@ from cora_cli.models.quantized import (
     is_held_quantized,
     settle_quantized,
 )
-from cora_cli.models.skeleton import Skeleton, build_skeleton, layer_of, shape_fault, show_embedding, skeleton_of, surplus_fault
+from cora_cli.models.skeleton import Skeleton, build_skeleton, layer_of, shape_fault, skeleton_of, surplus_fault
 from cora_cli.progress import say
 from cora_cli.scratch import temporary_directory
 
@@ -103,7 +104,7 @@ def load_model(
     loaded: Any
     report: Any
     try:
-        with _for_transformers(model, checkpoint) as path:
+        with _for_transformers(model, checkpoint) as path, listed_ties():
             loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # output_loading_info returns a pair
                 path,
                 dtype=dtype,
@@ -133,7 +134,7 @@ def load_model(
             "omit --load-in-4bit, or use a CUDA GPU" if four_bit else f"use a CUDA GPU, or {PLAIN_COPY}",
         )
     require_causal(loaded, model.reference)
-    show_embedding(loaded)
+    complete_class(loaded, model.path)
     keep_scales(loaded)
     if model.config().get(RESCALED) and "mamba" in loaded.config.model_type:
         say(

@@ -3,7 +3,6 @@
 A checkpoint's tensors may have other names in their file than in the loaded model; transformers' own rules give the latter.
 """
 
-import contextlib
 import dataclasses
 import functools
 import re
@@ -19,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.model_path import ModelPath
+from cora_cli.models.own_code import complete_class, listed_ties
 
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -232,7 +232,7 @@ def build_skeleton(config: Any, trust_remote_code: bool = False, dtype: torch.dt
     Its weights have the type of the configuration, or `dtype`. Raises `CoraError` for a configuration that its class does not accept.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), listed_ties():
             built: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, **({} if dtype is None else {"dtype": dtype})
             )
@@ -246,30 +246,8 @@ def build_skeleton(config: Any, trust_remote_code: bool = False, dtype: torch.dt
         raise CoraError(
             f"config.json of {config.name_or_path} does not describe a {config.model_type} model: {reason(error)}"
         ) from error
-    show_embedding(built)
+    complete_class(built)
     return built
-
-
-def show_embedding(model: Any) -> None:
-    """Have the class of a model tell its embedding where it has code of its own and does not: transformers finds only one that is called as its own are.
-
-    It is the embedding with a row for each token of the vocabulary, or the first with more.
-    """
-    with contextlib.suppress(NotImplementedError):
-        model.get_input_embeddings()
-        return
-
-    def embedding(self: Any) -> torch.nn.Embedding | None:
-        found = [module for module in self.modules() if isinstance(module, torch.nn.Embedding)]
-        size = self.config.get_text_config(decoder=True).vocab_size
-        fitting = [one for one in found if one.num_embeddings == size] or [one for one in found if one.num_embeddings > size]
-        return next(iter(fitting), None)
-
-    if embedding(model) is None:
-        raise CoraError(
-            f"{type(model).__name__} has no embedding of tokens that can be found; define get_input_embeddings in its class"
-        )
-    type(model).get_input_embeddings = embedding
 
 
 def skeleton_of(model: ModelPath, trust_remote_code: bool = False) -> Skeleton:

@@ -57,8 +57,13 @@ class Shared:
         return found
 
 
-_NO_FOUR_BIT = ("LOHA", "LOKR", "HRA", "C3A")
-"""Methods of PEFT that read the weights of the base, or their shape."""
+_NO_FOUR_BIT = frozenset(
+    {
+        *("C3A", "DEFT", "DELORA", "FROD", "GLORA", "GRALORA", "HRA", "LN_TUNING", "LOHA", "LOKR", "OSF", "PEANUT", "PSOFT"),
+        *("SUPERTUNING", "TINYLORA", "UNILORA"),
+    }
+)
+"""Methods of PEFT that read the weights of the base, or their shape, or change what they multiply to."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,20 +1,31 @@
 """Models and tokenizers with Python code of their own: run when that is asked for only, and written so that they load again."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, dynamic_module_utils
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
+from cora_cli import embedded
+from cora_cli.adapters.merge import merge_adapter
 from cora_cli.errors import CoraError
+from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import load_model
+from cora_cli.models.own_code import listed_ties
 from cora_cli.models.references import resolve_model
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
+from cora_cli.reading import read_jsonl
+from cora_cli.training.preflight import preflight
+from cora_cli.training.run import train
+from tests.training.helpers import config_for
 
 NEEDED = "it needs Python code of its own, which cora runs with --trust-remote-code only"
 
@@ -111,3 +122,147 @@ def test_a_class_that_does_not_tell_its_embedding_has_that_of_the_vocabulary(row
     loaded: Any = load_model(resolve_model(str(tmp_path)), torch.float32, torch.device("cpu"), None, trust_remote_code=True)
     assert loaded.get_input_embeddings() is loaded.wte
     assert torch.equal(loaded.wte.weight, made.wte.weight)
+
+
+NANO = """
+import torch
+from torch import nn
+from transformers import {generates}PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class NanoConfig(PreTrainedConfig):
+    model_type = "nano"
+
+    def __init__(self, n_vocab=64, n_embd=16, n_layer=2, block_size=64, **rest):
+        self.n_vocab, self.n_embd, self.n_layer, self.block_size = n_vocab, n_embd, n_layer, block_size
+        super().__init__(**rest)
+
+
+class NanoModel(PreTrainedModel{base}):
+    config_class = NanoConfig
+    _tied_weights_keys = ["head.weight"]
+    {methods}
+
+    def __init__(self, config):
+        super().__init__(config)
+        width = config.n_embd
+        self.tok, self.pos = nn.Embedding(config.n_vocab, width), nn.Embedding(config.block_size, width)
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(config.n_layer)])
+        self.head = nn.Linear(width, config.n_vocab, bias=False)
+        {tie}
+        self.post_init()
+
+    def forward(self, {arguments}):
+        states = self.tok(input_ids) + self.pos.weight[: input_ids.shape[1]]
+        for layer in self.layers:  # the mean over all tokens so far is all that it knows of others
+            means = states.cumsum(1) / torch.arange(1, states.shape[1] + 1)[:, None]
+            states = states + torch.tanh(layer(means))
+        return {returned}
+"""
+OLD = "def prepare_inputs_for_generation(self, input_ids, **kwargs): return {'input_ids': input_ids}"
+
+
+def nano(directory: Path, tied: bool = False, **changes: str) -> Path:
+    """A model with code of its own as nanoGPT has it, which keeps no keys and values, with some tokenizer."""
+    parts = {
+        "generates": "",
+        "base": "",
+        "methods": "",
+        "arguments": "input_ids, labels=None",
+        "returned": "CausalLMOutput(logits=self.head(states))",
+    }
+    parts["tie"] = "self.head.weight = self.tok.weight" if tied else ""
+    code = NANO
+    for name, text in {**parts, **changes}.items():
+        code = code.replace(f"{{{name}}}", text)
+    shutil.copytree(embedded.model_directory(), directory, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    (directory / "nano.py").write_text(code)
+    rows = len(AutoTokenizer.from_pretrained(embedded.model_directory()))
+    stated = {"model_type": "nano", "n_vocab": rows, "block_size": 256, "tie_word_embeddings": tied}
+    named = {"AutoConfig": "nano.NanoConfig", "AutoModelForCausalLM": "nano.NanoModel"}
+    (directory / "config.json").write_text(json.dumps({**stated, "auto_map": named}))
+    config = load_configuration(resolve_model(str(directory), weights=False), trust_remote_code=True)
+    torch.manual_seed(0)
+    with listed_ties():
+        made = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    weights = {name: torch.randn(weight.shape) for name, weight in made.named_parameters()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+GENERATES = {"generates": "GenerationMixin, ", "base": ", GenerationMixin"}
+
+
+@pytest.mark.parametrize(
+    ("tied", "changes"),
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"methods": OLD, "arguments": "input_ids, attention_mask=None"}),
+        (True, {**GENERATES, "arguments": "input_ids, **rest"}),
+    ],
+)
+def test_a_model_whose_class_lacks_what_others_have_is_trained_written_and_answers(
+    tied: bool, changes: dict[str, str], tiny_data: Path, tmp_path: Path
+) -> None:
+    base = nano(tmp_path / "base", tied, **changes)
+    settings: dict[str, Any] = {"trust_remote_code": True, "target_modules": ("layers.0", "layers.1")}
+    for mode in ("lora", "full"):
+        config = config_for(
+            base,
+            tiny_data,
+            tmp_path / mode,
+            mode=mode,
+            max_steps=1,
+            **(settings if mode == "lora" else {"trust_remote_code": True}),
+        )
+        assert preflight(config)
+        assert train(config)["status"] == "finished"
+    merge_adapter(resolve_model(str(tmp_path / "lora")), tmp_path / "merged", trust_remote_code=True)
+    records = [{"prompt": f"{'so ' * number}long", "completion": "x"} for number in range(3)]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = EvaluateConfig(
+        model=str(tmp_path / "merged"),
+        dataset=str(tmp_path / "records.jsonl"),
+        output_dir=str(tmp_path / "out"),
+        trust_remote_code=True,
+        metrics=("rouge",),
+        max_new_tokens=6,
+        device="cpu",
+        dtype="fp32",
+    )
+    evaluate(config)
+    loaded: Any = load_model(
+        resolve_model(str(tmp_path / "merged")), torch.float32, torch.device("cpu"), None, trust_remote_code=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for line in read_jsonl(tmp_path / "out" / "predictions.jsonl"):
+        ids = tokenizer(line["prompt"])["input_ids"]
+        answer: list[int] = []
+        with torch.no_grad():
+            while len(answer) < line["new_tokens"]:
+                answer.append(int(loaded(input_ids=torch.tensor([ids + answer])).logits[0, -1].argmax()))
+        assert line["prediction"].strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"arguments": "idx, targets=None"}, "the forward pass of NanoModel takes no input_ids, but idx, targets"),
+        (
+            {"returned": "(self.head(states), None)"},
+            "the forward pass of NanoModel returns a tuple without an attribute logits",
+        ),
+        (
+            {"returned": "CausalLMOutput(logits=self.head(states)[:, -1:])"},
+            "NanoModel cannot be trained: without labels, it computes logits of 1 of ",
+        ),
+    ],
+)
+def test_a_model_whose_forward_pass_is_none_of_transformers_is_refused(
+    changes: dict[str, str], problem: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    base = nano(tmp_path / "base", **changes)
+    with pytest.raises(CoraError, match=re.escape(problem)):
+        train(config_for(base, tiny_data, tmp_path / "run", mode="full", trust_remote_code=True))

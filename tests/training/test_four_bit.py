@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -164,6 +164,34 @@ def test_a_method_of_peft_that_reads_the_weights_is_refused_by_its_name(
         CoraError, match="--load-in-4bit does not go with LOHA of --peft-config, which needs the weights themselves"
     ):
         prepare(config)
+
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "FOURIERFT": {"n_frequency": 50},
+    "VBLORA": {"vector_length": 32, "num_vectors": 8, "topk": 2},
+    "WAVEFT": {"n_frequency": 40},
+    "OFT": {"oft_block_size": 16, "r": 0},
+    "ROAD": {"group_size": 16},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING))
+def test_each_method_of_peft_trains_on_four_bits_or_is_refused(
+    kind: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "peft.json").write_text(json.dumps({"peft_type": kind, **_OPTIONS.get(kind, {})}))
+    settings: dict[str, Any] = {"mode": "peft", "peft_config": str(tmp_path / "peft.json"), "load_in_4bit": True}
+    outcome = _outcome(tiny_model, tiny_data, tmp_path / "run", max_steps=1, **settings)
+    assert outcome == "finished" or ("--peft-config" in outcome and not (tmp_path / "run").exists())
+
+
+def _outcome(*paths: Path, **settings: Any) -> str:
+    """The status of a run, or why it is refused."""
+    try:
+        return str(train(config_for(*paths, **settings))["status"])
+    except CoraError as error:
+        return str(error)
 
 
 def test_a_run_learns_and_its_record_counts_all_numbers_of_the_base(finished: Any, tiny_model: Path) -> None:
