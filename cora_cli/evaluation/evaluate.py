@@ -68,6 +68,7 @@ from cora_cli.evaluation.reference_tokens import add_reference_tokens, reference
 from cora_cli.evaluation.sampling import describe, streams
 from cora_cli.evaluation.scoring import Evaluation, fetch_metrics, score
 from cora_cli.evaluation.targets import Target, TrainedPrompts, check_own_records, find_targets, trained_prompts
+from cora_cli.evaluation.thoughts import thought_tokens
 from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.lock import own_directory
 from cora_cli.models.tokenizer import load_tokenizer
@@ -334,7 +335,7 @@ def _answer(
         return template.name != "chat" and continues_function(problem) and continues_prompt(text, tokenizer)
 
     references = [template.without_end(text.answer, backend.ends) for text in rendered]
-    keeps = frozenset().union(*map(template.spelled_tokens, references)) - {*backend.ends}
+    keeps = thought_tokens(tokenizer).union(*map(template.spelled_tokens, references)) - {*backend.ends}
     requests = [
         Request(
             shorten_prompt(prompt, room, tokenizer), text.prompt, reference, text.lead, stream, own, continues(text, own), keeps

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Collection, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from cora_cli.evaluation.agreement import Agreement
 from cora_cli.evaluation.decode import PooledDecoder, Tokens, unsupported
 from cora_cli.evaluation.processes import ALONE, Processes
 from cora_cli.evaluation.sampling import Draws, Finite, Sampling
+from cora_cli.evaluation.thoughts import text_of
 from cora_cli.methods.parts.layers import has_invocation, transformers_model
 from cora_cli.models.configuration import depends_on_batch, rope_switch
 from cora_cli.models.model_path import ModelPath
@@ -50,7 +51,7 @@ class Request:
 
     `lead` is what the chat template puts before every answer (`templates.Rendered`); it is no part of a prediction. `stream` names the draws
     of a sample (`sampling.Sampling`). `problem` has the tests of the record, to be kept with its answer. `continues` says that the answer goes on
-    with the text of the prompt, so that a space at its beginning counts. `keeps` are special tokens that stay in a prediction, since references have them.
+    with the text of the prompt, so that a space at its beginning counts. `keeps` are special tokens that stay in a prediction: those of thoughts, and what references have.
     """
 
     input_ids: list[int]
@@ -254,21 +255,11 @@ def _record_line(index: int, lines: Sequence[dict[str, Any]], request: Request) 
     return line | ({"problem": request.problem} if request.problem else {})
 
 
-@lru_cache(maxsize=1)
-def _special_tokens(tokenizer: Any) -> frozenset[int]:
-    """The ids of a tokenizer's special tokens, which take long to list where thousands were added."""
-    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset({*tokenizer.all_special_ids, *added})
-
-
 def _answer(tokenizer: Any, ids: Sequence[int], request: Request) -> str:
     """The text of an answer without special tokens, but for those that the request keeps, and without its `lead`, which may hold some."""
 
     def text(ids: Sequence[int]) -> str:
-        if request.keeps.isdisjoint(ids):
-            return str(tokenizer.decode(ids, skip_special_tokens=True))
-        left_out = _special_tokens(tokenizer) - request.keeps
-        return str(tokenizer.decode([one for one in ids if one not in left_out], skip_special_tokens=False))
+        return text_of(tokenizer, ids, request.keeps)
 
     if request.continues:
         # Tokenizers such as Llama 2's leave out the first space of what they decode, and so would change an indentation.

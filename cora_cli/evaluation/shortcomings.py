@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_THOUGHTS = ("<think>", "</think>", "[THINK]", "[/THINK]")
+from cora_cli.evaluation.thoughts import has_thoughts
+
 KINDS = {
     "cut": "cut at the limit of new tokens",
     "empty": "empty",
@@ -22,5 +23,5 @@ def count_shortcomings(lines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         prediction, reference = line["prediction"], line["reference"]
         counts["cut"] += line.get("finish_reason") == "length"
         counts["empty"] += not prediction.strip()
-        counts["thoughts"] += any(mark in prediction and mark not in reference for mark in _THOUGHTS)
+        counts["thoughts"] += has_thoughts(prediction, reference)
     return {kind: count for kind, count in counts.items() if count}

@@ -12,6 +12,7 @@ from typing import Any
 
 from cora_cli.data.records import TEST_COLUMNS
 from cora_cli.errors import CoraError
+from cora_cli.evaluation.thoughts import without_thoughts
 from cora_cli.progress import say
 
 SHAPES = "assertions (as in builtin:code), test and entry_point (HumanEval), or test_list (MBPP)"
@@ -39,7 +40,7 @@ class Problem:
 
     def program(self, answer: str) -> str:
         """The program in an answer: its first fenced block of Python if it has one, after the prompt if it continues the prompt's function."""
-        answer = _without_thought(answer)
+        answer = without_thoughts(answer)
         fenced = _python_block(answer)
         code = answer if fenced is None else fenced
         if self.entry_point is None:
@@ -122,14 +123,6 @@ def programs_of(line: Mapping[str, Any]) -> list[str]:
         with contextlib.suppress(CoraError):  # another program's, of another shape
             problem = problem_of(line["problem"], "a prediction")
     return [problem.program(sample["prediction"]) for sample in line.get("samples") or [line]]
-
-
-def _without_thought(answer: str) -> str:
-    """An answer without the thought before it, which ends with `</think>`; a thought that never ends leaves nothing."""
-    thought, ended, rest = answer.partition("</think>")
-    if ended:
-        return rest
-    return "" if thought.lstrip().startswith("<think>") else answer
 
 
 def _python_block(answer: str) -> str | None:

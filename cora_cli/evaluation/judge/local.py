@@ -13,6 +13,7 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.evaluation.generate import end_tokens, say_left_out, transformers_engine
 from cora_cli.evaluation.judge.asking import Call, NoReply, Reply
 from cora_cli.evaluation.judge.config import JudgeConfig
+from cora_cli.evaluation.thoughts import text_of, thought_tokens
 from cora_cli.limits import bounded
 from cora_cli.models.loading import context_length, load_model
 from cora_cli.models.references import resolve_model
@@ -99,7 +100,7 @@ class LocalJudge:
             answers = engine.answer([prompts[place] for place in wave], lambda: None)
             for place, ids in zip(wave, answers, strict=True):
                 call = calls[place]
-                text = call.opening + self._tokenizer.decode(ids, skip_special_tokens=True)
+                text = call.opening + text_of(self._tokenizer, ids, thought_tokens(self._tokenizer))
                 if call.opening and _END in text:
                     text = text[: text.index(_END) + len(_END)]
                 yield (

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from cora_cli import hashing
 from cora_cli.evaluation.judge.rubrics import FIRST, HIGHEST, LOWEST, PREFERENCE_KEY, SECOND, TIE, Rubric
+from cora_cli.evaluation.thoughts import without_thoughts
 from cora_cli.reading import Malformed, parse_json
 
 _CONTROL = re.compile(
@@ -70,12 +71,11 @@ def opening(rubric: Rubric) -> str:
 def read_reply(rubric: Rubric, text: str) -> dict[str, float] | dict[str, str]:
     """The scores by criterion, or the preference under `PREFERENCE_KEY`. Raises `BadReply` for anything but one complete judgment.
 
-    A code fence around the object, a thought before it that ends with `</think>`, and a key `reason` in it are allowed.
+    A code fence around the object, thoughts before it, and a key `reason` in it are allowed.
     """
     rest = text.strip()
-    # Where the chat template itself opens the thought, `<think>` is no part of the reply.
-    if "</think>" in rest and not rest.startswith(("{", "```")):
-        rest = rest.partition("</think>")[2].strip()
+    if not rest.startswith(("{", "```")):
+        rest = without_thoughts(rest).strip()
     if fenced := _FENCE.fullmatch(rest):
         rest = fenced["inside"].strip()
     try:

@@ -1,0 +1,35 @@
+"""Thoughts in answers: kept with their marks, counted, and no part of a program."""
+
+import pytest
+from transformers import AddedToken, AutoTokenizer
+
+from cora_cli import embedded
+from cora_cli.evaluation.execution.problems import Problem
+from cora_cli.evaluation.generate import Request, _answer
+from cora_cli.evaluation.shortcomings import count_shortcomings
+from cora_cli.evaluation.thoughts import thought_tokens
+
+HARMONY = ("<|start|>", "<|end|>", "<|channel|>", "<|message|>")
+SAID = "<|channel|>final<|message|>"
+ANSWERS = {
+    "gpt-oss": (HARMONY, f"<|channel|>analysis<|message|>add both<|end|><|start|>assistant{SAID}3"),
+    "Magistral": (("[THINK]", "[/THINK]"), "[THINK]add both[/THINK]3"),
+    "Seed-OSS": (("<seed:think>", "</seed:think>"), "<seed:think>add both</seed:think>3"),
+    "Gemma 4": (("<|channel>", "<channel|>"), "<|channel>thought\nadd both<channel|>3"),
+    "Command A": (("<|START_THINKING|>", "<|END_THINKING|>"), "add both<|END_THINKING|>3"),
+    "Qwen3": ((), "<think>\nadd both\n</think>\n\n3"),
+}
+
+
+@pytest.mark.parametrize(("special", "written"), ANSWERS.values(), ids=ANSWERS)
+def test_thoughts_between_special_tokens_keep_their_marks_and_are_counted(special: tuple[str, ...], written: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(embedded.model_directory())
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in special], special_tokens=True)
+    lead = SAID if special == HARMONY else ""
+    request = Request([1], "1+2?", "3", lead, keeps=thought_tokens(tokenizer))
+    plain = _answer(tokenizer, tokenizer(f"{lead}3<|im_end|>", add_special_tokens=False)["input_ids"], request)
+    answer = _answer(tokenizer, tokenizer(f"{written}<|im_end|>", add_special_tokens=False)["input_ids"], request)
+    assert (plain, answer) == ("3", written)
+    lines = [{"prediction": prediction, "reference": "3"} for prediction in (plain, answer)]
+    assert count_shortcomings(lines) == {"thoughts": 1}
+    assert Problem("", "", "").program(answer).strip() == "3"
