@@ -153,7 +153,9 @@ def _read_csv(path: Path, delimiter: str = ",", quoting: Literal[0, 3] = csv.QUO
     Columns without a name are left out: the first one, where pandas writes its index, and empty ones, such as those of a spreadsheet.
     So are rows of empty cells, which spreadsheets write around a table.
     """
-    reader = _rows(text_of(path), delimiter, quoting)
+    # Excel's line that names the delimiter is no header.
+    text = re.sub(rf'\A\ufeff?"?sep={delimiter}"?(?=[\r\n])', "", text_of(path), flags=re.IGNORECASE)
+    reader = _rows(text, delimiter, quoting)
     header: list[str] = []
     unnamed: set[int] = set()
     empty = 0

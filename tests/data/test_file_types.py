@@ -58,6 +58,12 @@ def test_quotation_marks_of_a_tsv_file_that_quote_no_fields_are_text(written, re
     assert ("are read as text" in capsys.readouterr().err) == (written[0] != "5" and '""' not in written)
 
 
+@pytest.mark.parametrize("first", ["sep=,\r\n", "\ufeffSEP=,\n", '"sep=,"\n'])
+def test_the_line_in_which_excel_names_the_delimiter_is_no_header(first, tmp_path):
+    (tmp_path / "a.csv").write_text(f'{first}prompt,completion\n"p, q",c\n', newline="")
+    assert list(read_located(str(tmp_path / "a.csv"))) == [(f"{tmp_path}/a.csv, line 3", PAIR)]
+
+
 class Watched(str):
     """A text that counts the characters among which others are looked for."""
 

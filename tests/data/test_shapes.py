@@ -263,6 +263,28 @@ def test_a_share_of_the_loss_or_marks_of_parts_of_an_answer_are_refused(mark, tm
     load_records(jsonl(tmp_path / "b.jsonl", {"messages": [question, answer | nothing]}))
 
 
+CALL = {"name": "clock", "arguments": {"zone": "UTC"}}
+
+
+@pytest.mark.parametrize("written", [CALL, [CALL, {**CALL, "name": "calendar"}]])
+def test_calls_of_tools_as_llama_factory_writes_them_are_the_assistants(written, tmp_path):
+    talk = [TALK[0], {"from": "function_call", "value": json.dumps(written)}, {"from": "observation", "value": "noon"}, TALK[1]]
+    [record], _ = load_records(jsonl(tmp_path / "a.jsonl", {"conversations": talk}))
+    assert [message["role"] for message in record["messages"]] == ["user", "assistant", "tool", "assistant"]
+    calls = [call["function"] for call in record["messages"][1]["tool_calls"]]
+    assert calls == (written if isinstance(written, list) else [written])
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [("clock()", "whose value is not valid JSON"), ("[]", "whose value is no call"), ("3", "is no call")],
+)
+def test_a_call_that_is_none_is_refused_by_its_place(written, problem, tmp_path):
+    talk = [TALK[0], {"from": "function_call", "value": written}]
+    with pytest.raises(CoraError, match=f"line 1: conversations has an entry from function_call .*{problem}"):
+        load_records(jsonl(tmp_path / "a.jsonl", {"conversations": talk}))
+
+
 def test_an_unknown_speaker_is_refused_by_name(tmp_path):
     with pytest.raises(CoraError, match=r'line 1: conversations has an entry from "alien"; known are human'):
         load_records(jsonl(tmp_path / "a.jsonl", {"conversations": [{"from": "alien", "value": "x"}, TALK[1]]}))

@@ -21,8 +21,10 @@ ROLES = {
         "assistant": "assistant",
         "model": "assistant",
     },
-    **{"system": "system", "tool": "tool", "observation": "tool", "function_response": "tool"},
+    **{"system": "system", "tool": "tool", "observation": "tool", "function_response": "tool", "function_call": "assistant"},
 }
+_CALL = "function_call"
+"""The speaker of LLaMA-Factory's calls of tools, whose text is JSON."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 """The types of parts that are text: those of chat completions, and those of OpenAI's Responses."""
 
@@ -114,12 +116,26 @@ def _message(entry: dict[str, Any], where: str, column: str) -> dict[str, Any]:
     if role is None:
         found = json.dumps(entry["from"], default=str)[:60]
         raise CoraError(f"{where}: {column} has an entry from {found}; known are {', '.join(ROLES)}")
-    message = {"role": role, "content": entry.get("value")}
+    message: dict[str, Any] = {"role": role, "content": entry.get("value")}
+    if entry["from"].strip().lower() == _CALL:
+        message |= {"content": None, "tool_calls": _calls(message["content"], f"{where}: {column} has an entry from {_CALL}")}
     rest = {name: value for name, value in entry.items() if name not in ("from", "value")}
     for theirs, ours in (("from", "role"), ("value", "content")):
         if theirs in entry and ours in entry and entry[ours] != message[ours]:
             raise CoraError(f"{where}: {column} has an entry with both {theirs} and {ours}, which differ; remove one of them")
     return {**message, **rest}
+
+
+def _calls(text: Any, place: str) -> list[dict[str, Any]]:
+    """The calls of tools in a text that is the JSON of one or of a list of them, each with `name` and `arguments`."""
+    try:
+        found = parse_json(text) if isinstance(text, str) else text
+    except Malformed as error:
+        raise CoraError(f"{place} whose value is not valid JSON ({error}): {text[:60]!r}") from error
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise CoraError(f"{place} whose value is no call with a name and arguments: {json.dumps(text, default=str)[:60]}")
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _joined(parts: list[Any], place: str) -> str:
