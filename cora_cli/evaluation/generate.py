@@ -25,7 +25,7 @@ from cora_cli.evaluation.thoughts import text_of
 from cora_cli.methods.parts.layers import has_invocation, transformers_model
 from cora_cli.models.configuration import depends_on_batch, rope_switch
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.own_code import takes_cache
+from cora_cli.models.own_code import has_own_code
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_jsonl
 from cora_cli.records import PartialPrediction
@@ -167,8 +167,11 @@ def transformers_engine(
     batched = batches(model)
     checked = [batches(one) for one in kinds] if kinds is not None else [batched]
     agreements = [Agreement(one.model, prompts, one.logits) for one in checked]
-    for agreement in agreements:
+    for one, agreement in zip(checked, agreements, strict=True):
         agreement.require_finite()
+        if not one.caches:
+            _settle_cache(one, agreement)
+    batched.caches = all(one.caches for one in checked)
     agreement = agreements[0]
     probes = agreement.probes
     if has_invocation(model):  # the probes may hold none, so that both ways would agree on them
@@ -189,6 +192,15 @@ def transformers_engine(
             batched.alone, how = True, "prompt at a time, since others in its batch change its logits"
     say(f"using transformers' generate, one {how}: the faster pooled decoder does not support this model, because {why}")
     return batched
+
+
+def _settle_cache(one: "BatchedGenerate", agreement: Agreement) -> None:
+    """Let `one` keep the keys and values of earlier tokens where its model with code of its own gives the same logits with them.
+
+    One that takes any argument may pass them over, and would answer the last token alone; others expect those of an earlier transformers.
+    """
+    one.caches = True
+    one.caches = agreement.fault(lambda: [one.logits([probe])[0] for probe in agreement.probes]) is None
 
 
 def _keeps_apart(one: "BatchedGenerate", probes: Sequence[Tokens]) -> bool:
@@ -304,6 +316,7 @@ class BatchedGenerate:
         self._sampling = sampling
         self.model, self._ends, self.wave, self._new = model, ends, batch_size, max_new_tokens
         self.pads, self.alone = not depends_on_batch(model.config), False
+        self.caches = not has_own_code(transformers_model(model))
         self._switch = rope_switch(model.config)
         # Only ever behind the mask, so any id will do that has an embedding row; that of a tokenizer may have none, or be missing.
         self._pad = pad if pad is not None and pad < model.get_input_embeddings().weight.shape[0] else 0
@@ -353,10 +366,11 @@ class BatchedGenerate:
         # PEFT hands its own configuration on to another module where an adapter changes the input.
         places = [model, transformers_model(model)]
         own = [place.generation_config for place in places]
-        settings["use_cache"] = takes_cache(places[-1])
         # Replace the model's configuration: it may sample or penalize repetition, and `generate` fills unset options from it.
         for place in places:
-            place.generation_config = GenerationConfig(do_sample=False, pad_token_id=self._pad, **settings)
+            place.generation_config = GenerationConfig(
+                do_sample=False, pad_token_id=self._pad, use_cache=self.caches, **settings
+            )
         try:
             return model.generate(
                 input_ids=ids.to(model.device),

@@ -27,7 +27,7 @@ def complete_class(model: Any, directory: Path | None = None) -> None:
     Raises `CoraError` where no embedding of tokens can be found.
     """
     own = type(model)
-    if own.__module__.startswith("transformers.") or "_completed" in vars(own):
+    if not has_own_code(model) or "_completed" in vars(own):
         return
     added: dict[str, Any] = {"__module__": own.__module__, "__doc__": own.__doc__, "_completed": True}
     if not _tells_embedding(model):
@@ -97,13 +97,9 @@ def _completed_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     return completed
 
 
-def takes_cache(model: Any) -> bool:
-    """Whether the forward pass of a model can be given the keys and values of earlier tokens.
-
-    That of one with code of its own that does not name them, but takes any argument, would pass them over, and so answer the last token alone.
-    """
-    arguments = inspect.signature(model.forward).parameters
-    return type(model).__module__.startswith("transformers.") or "past_key_values" in arguments
+def has_own_code(model: Any) -> bool:
+    """Whether the class of a model is none of transformers'."""
+    return not type(model).__module__.startswith("transformers.")
 
 
 @contextlib.contextmanager
@@ -116,7 +112,9 @@ def listed_ties() -> Iterator[None]:
         if isinstance(listed := getattr(type(self), "_tied_weights_keys", None), list | tuple | set):
             embedding = self.get_input_embeddings() if _tells_embedding(self) else _find_embedding(self)
             source = next((name for name, module in self.named_modules() if module is embedding), None)
-            type(self)._tied_weights_keys = {} if source is None else {str(key): f"{source}.weight" for key in listed}
+            type(self)._tied_weights_keys = {
+                str(key): f"{source}.weight" for key in listed if source and str(key) != f"{source}.weight"
+            }
         found: dict[str, str] = before(self, all_submodels)
         return found
 
@@ -137,7 +135,8 @@ def _state_sizes(model: Any) -> None:
     for name, (size, words) in known.items():
         if getattr(config, name, None) is not None:
             continue
-        theirs = next((one for one, value in vars(config).items() if value == size and re.search(words, one)), None)
+        same = (one for one, value in vars(config).items() if type(value) is int and value == size)
+        theirs = next((one for one in same if re.search(words, one)), None)
         if theirs is None:
             setattr(config, name, size)
         else:  # of the class, since PEFT reads the file again

@@ -16,6 +16,7 @@ from cora_cli.adapters.merge import merge_adapter
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
+from cora_cli.evaluation.generate import BatchedGenerate, transformers_engine
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import load_model
 from cora_cli.models.own_code import listed_ties
@@ -201,6 +202,7 @@ GENERATES = {"generates": "GenerationMixin, ", "base": ", GenerationMixin"}
         (True, {}),
         (False, {"methods": OLD, "arguments": "input_ids, attention_mask=None"}),
         (True, {**GENERATES, "arguments": "input_ids, **rest"}),
+        (False, {**GENERATES, "arguments": "input_ids, past_key_values=None, use_cache=None, **rest"}),
     ],
 )
 def test_a_model_whose_class_lacks_what_others_have_is_trained_written_and_answers(
@@ -244,6 +246,35 @@ def test_a_model_whose_class_lacks_what_others_have_is_trained_written_and_answe
             while len(answer) < line["new_tokens"]:
                 answer.append(int(loaded(input_ids=torch.tensor([ids + answer])).logits[0, -1].argmax()))
         assert line["prediction"].strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+LLAMA = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **kwargs):
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache, **kwargs)
+"""
+
+
+def test_a_model_with_code_of_its_own_that_uses_its_cache_keeps_it(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "own.py").write_text(LLAMA)
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    edit(model / "config.json", model_type="own", auto_map=code, architectures=["OwnModel"])
+    loaded = load_model(resolve_model(str(model)), torch.float32, torch.device("cpu"), None, trust_remote_code=True)
+    tokenizer = load_tokenizer(resolve_model(str(model)), trust_remote_code=True)
+    prompts = [list(range(5, 5 + length)) for length in (9, 4, 30)]
+    engine = transformers_engine(loaded, tokenizer, [tokenizer.eos_token_id], prompts, 2, 4, why="it is asked for here")
+    assert isinstance(engine, BatchedGenerate)
+    assert engine.caches
 
 
 @pytest.mark.parametrize(
