@@ -4,14 +4,16 @@ Their code was often written for an earlier transformers, whose `PreTrainedModel
 """
 
 import contextlib
+import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from cora_cli.errors import CoraError
@@ -95,6 +97,43 @@ def _completed_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
         return output
 
     return completed
+
+
+@torch.no_grad()
+def restore_buffers(model: Any, stored: Collection[str]) -> None:
+    """Give a loaded model with code of its own the buffers, and other tensors of its modules, that its class computes, but for those that files hold.
+
+    transformers creates models without numbers; its own classes compute such tensors again, and those of other code, such as the frequencies of
+    rotary embeddings, would be whatever the memory held. `stored` are the names of the tensors from files.
+    """
+    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False) if name not in stored]
+    others = [
+        (place, name) for place, module in model.named_modules() for name, value in vars(module).items() if _is_meta(value)
+    ]
+    if not has_own_code(model) or not (buffers or others):
+        return
+    made = _constructed(type(model), model.config, model.dtype)
+    computed = dict(made.named_buffers(remove_duplicate=False))
+    for name in buffers:
+        if name in computed:
+            owner, _, last = name.rpartition(".")
+            model.get_submodule(owner)._buffers[last] = computed[name].to(model.device)
+    for place, name in others:
+        setattr(model.get_submodule(place), name, getattr(made.get_submodule(place), name).to(model.device))
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
+def _constructed(kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model of the class `kind` as its code makes it, whose parameters have no numbers, unless the code computes with them."""
+    with listed_ties():
+        try:
+            with init_empty_weights(include_buffers=False):
+                return kind._from_config(copy.deepcopy(config), dtype=dtype)
+        except (RuntimeError, NotImplementedError):
+            return kind._from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def has_own_code(model: Any) -> bool:

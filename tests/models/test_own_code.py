@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from cora_cli import embedded
@@ -246,6 +246,22 @@ def test_a_model_whose_class_lacks_what_others_have_is_trained_written_and_answe
             while len(answer) < line["new_tokens"]:
                 answer.append(int(loaded(input_ids=torch.tensor([ids + answer])).logits[0, -1].argmax()))
         assert line["prediction"].strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+COMPUTED = ('self.register_buffer("scale", torch.arange(width) / 7, persistent=False)', "self.scale = torch.arange(width) / 7")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("computed", COMPUTED)
+def test_tensors_that_the_code_computes_and_no_file_holds_are_those_of_the_code(computed: str, tmp_path: Path) -> None:
+    """As the frequencies of rotary embeddings in code for transformers 4: transformers 5 leaves them without numbers."""
+    base = nano(tmp_path / "base", tie=computed, returned="CausalLMOutput(logits=self.head(states * self.scale))")
+    model = resolve_model(str(base))
+    loaded: Any = load_model(model, torch.float32, torch.device("cpu"), None, trust_remote_code=True)
+    reference = type(loaded).__bases__[0](load_configuration(model, trust_remote_code=True))
+    reference.load_state_dict(load_file(base / "model.safetensors"))
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(loaded(input_ids=ids).logits, reference(ids).logits)
 
 
 LLAMA = """
