@@ -134,7 +134,7 @@ def load_model(
             "omit --load-in-4bit, or use a CUDA GPU" if four_bit else f"use a CUDA GPU, or {PLAIN_COPY}",
         )
     require_causal(loaded, model.reference)
-    restore_buffers(loaded, {name for name, _ in Skeleton(loaded).names(checkpoint.shapes).values()})
+    restore_buffers(loaded, options["config"], {name for name, _ in Skeleton(loaded).names(checkpoint.shapes).values()})
     complete_class(loaded, model.path)
     keep_scales(loaded)
     if model.config().get(RESCALED) and "mamba" in loaded.config.model_type:

@@ -100,11 +100,12 @@ def _completed_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def restore_buffers(model: Any, stored: Collection[str]) -> None:
+def restore_buffers(model: Any, config: Any, stored: Collection[str]) -> None:
     """Give a loaded model with code of its own the buffers, and other tensors of its modules, that its class computes, but for those that files hold.
 
     transformers creates models without numbers; its own classes compute such tensors again, and those of other code, such as the frequencies of
-    rotary embeddings, would be whatever the memory held. `stored` are the names of the tensors from files.
+    rotary embeddings, would be whatever the memory held. `config` is that which the model was created from, `stored` are the names of the tensors from
+    files.
     """
     buffers = [name for name, _ in model.named_buffers(remove_duplicate=False) if name not in stored]
     others = [
@@ -112,7 +113,7 @@ def restore_buffers(model: Any, stored: Collection[str]) -> None:
     ]
     if not has_own_code(model) or not (buffers or others):
         return
-    made = _constructed(type(model), model.config, model.dtype)
+    made = _constructed(type(model), config, model.dtype)
     computed = dict(made.named_buffers(remove_duplicate=False))
     for name in buffers:
         if name in computed:

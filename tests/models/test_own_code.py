@@ -180,7 +180,13 @@ def nano(directory: Path, tied: bool = False, **changes: str) -> Path:
     shutil.copytree(embedded.model_directory(), directory, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     (directory / "nano.py").write_text(code)
     rows = len(AutoTokenizer.from_pretrained(embedded.model_directory()))
-    stated = {"model_type": "nano", "n_vocab": rows, "block_size": 256, "tie_word_embeddings": tied}
+    stated = {
+        "model_type": "nano",
+        "n_vocab": rows,
+        "block_size": 256,
+        "tie_word_embeddings": tied,
+        "gradient_checkpointing": False,
+    }
     named = {"AutoConfig": "nano.NanoConfig", "AutoModelForCausalLM": "nano.NanoModel"}
     (directory / "config.json").write_text(json.dumps({**stated, "auto_map": named}))
     config = load_configuration(resolve_model(str(directory), weights=False), trust_remote_code=True)
@@ -262,6 +268,18 @@ def test_tensors_that_the_code_computes_and_no_file_holds_are_those_of_the_code(
     reference.load_state_dict(load_file(base / "model.safetensors"))
     ids = torch.arange(12)[None]
     torch.testing.assert_close(loaded(input_ids=ids).logits, reference(ids).logits)
+
+
+def test_an_entry_of_the_configuration_that_transformers_removes_is_there_for_the_code_each_time(tmp_path: Path) -> None:
+    code = {
+        "methods": "supports_gradient_checkpointing = True",
+        "tie": "self.gradient_checkpointing, self.scale = False, float(config.gradient_checkpointing)",
+    }
+    model = resolve_model(str(nano(tmp_path / "base", **code)))
+    config = load_configuration(model, trust_remote_code=True)
+    config.gradient_checkpointing = True
+    assert [build_skeleton(config, trust_remote_code=True).scale for _ in range(2)] == [1.0, 1.0]  # type: ignore[attr-defined]
+    load_model(model, torch.float32, torch.device("cpu"), None, trust_remote_code=True, config=config)
 
 
 LLAMA = """
