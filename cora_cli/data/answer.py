@@ -11,6 +11,7 @@ from cora_cli.data.chat import PROBE
 
 _OPENED = re.compile(r"(?P<tag><[^<>\s]{1,40}>|\[[A-Z_]{1,40}\])(?P<space>\s*)$")
 """The end of a prompt that begins the answer itself, such as with `<think>`."""
+_CONTROL = re.compile(r"<[^<>\s]+>")
 _PIECE = re.compile(r"[<\[][^<>\[\]\s]*[>\]]|\w+|\W")
 """A control token, a word, or what is between them."""
 
@@ -79,7 +80,7 @@ class Conversation:
             # White space before an answer is the model's to write where the prompt does not end with it.
             for own in (before, bare) if self.prompt.endswith(before.removeprefix(bare)) else (bare, before):
                 if own and self.answered.startswith(own):
-                    return "", self.answered.removeprefix(own)
+                    return "", self._begun_otherwise(own) + self.answered.removeprefix(own)
             return self.prompt, self.answered
         if self.answered.startswith(self.earlier):
             return header, self.answered.removeprefix(self.earlier)
@@ -87,6 +88,12 @@ class Conversation:
         if start < 0 or self._is_earlier(start, header):
             return None
         return header, self.answered[start:]
+
+    def _begun_otherwise(self, before: str) -> str:
+        """The control tokens that stand `before` an answer where a prompt has others in their place, as Command R7B's has behind every conversation."""
+        asked, written = _behind_shared(_PIECE.findall(self.prompt), _PIECE.findall(before))
+        is_control = asked.strip() and not _CONTROL.sub("", asked + written).strip()
+        return written if is_control else ""
 
     def _is_earlier(self, start: int, header: str) -> bool:
         """Whether the header at `start` may be that of an earlier answer, as where a template begins none of its own behind the result of a tool."""

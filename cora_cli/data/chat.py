@@ -27,6 +27,7 @@ _THINK = re.compile(r"</?think>")
 THOUGHTS = frozenset({"reasoning", "reasoning_content", "thinking"})
 """The entries of a message that hold thoughts."""
 _TOOL = {"name": "probe", "description": "probe", "parameters": {"type": "object", "properties": {}}}
+_AS_FUNCTION = {"type": "function", "function": _TOOL}
 CLOCK = "strftime_now"
 """The function by which a chat template reads the clock; transformers' own name for it."""
 
@@ -49,6 +50,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, date: str) -> None:
         self._tokenizer, self._date = tokenizer, date
+        self._turn_ends_of: dict[str, TurnEnd | None] = {}
         self._takes_parts: dict[bool, bool] = {}  # with tools and without, for which some tokenizers have a template of its own
 
     def apply(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], **options: bool) -> str:
@@ -137,11 +139,27 @@ class ChatTemplate:
         return {**self.special, **{token.content: index for index, token in added if token.content in framing}}
 
     @cached_property
+    def _is_named(self) -> bool:
+        """Whether the tokenizer has several templates, one of them for conversations with tools."""
+        return isinstance(self._tokenizer.chat_template, dict)
+
+    @cached_property
     def turn_ends(self) -> dict[bool, TurnEnd | None]:
         """How the chat template ends an answer, without tools and with them, for which some tokenizers have a template of its own."""
         plain = self._turn_end({})
-        is_named = isinstance(self._tokenizer.chat_template, dict)
-        return {False: plain, True: self._turn_end({"tools": [{"type": "function", "function": _TOOL}]}) if is_named else plain}
+        return {False: plain, True: self._turn_end({"tools": [_AS_FUNCTION]}) if self._is_named else plain}
+
+    def turn_end(self, extra: Mapping[str, Any]) -> TurnEnd | None:
+        """How the chat template ends an answer in a conversation with the variables `extra`, by which it may write something else behind the end."""
+        with_tools = "tools" in extra
+        variables = {name: value for name, value in extra.items() if name not in ("tools", "documents")}
+        if not variables:
+            return self.turn_ends[with_tools]
+        key = json.dumps([with_tools, variables], sort_keys=True, default=str)
+        if key not in self._turn_ends_of:
+            own = self._turn_end(variables | ({"tools": [_AS_FUNCTION]} if with_tools and self._is_named else {}))
+            self._turn_ends_of[key] = own or self.turn_ends[with_tools]
+        return self._turn_ends_of[key]
 
     def _turn_end(self, extra: Mapping[str, Any]) -> TurnEnd | None:
         """How the chat template ends an answer; None where it does so with no token, or refuses a conversation of two plain messages."""
@@ -176,7 +194,7 @@ class ChatTemplate:
 
         Some templates write such text as a quoted string, or an object as Python prints it; others refuse one of the two.
         """
-        tools = {"tools": [{"type": "function", "function": _TOOL}]}
+        tools = {"tools": [_AS_FUNCTION]}
         return {False: self._form_of_arguments({}), True: self._form_of_arguments(tools)}
 
     def _form_of_arguments(self, extra: Mapping[str, Any]) -> type | None:
@@ -191,7 +209,7 @@ class ChatTemplate:
     @cached_property
     def needs_text(self) -> dict[bool, bool]:
         """Whether the chat template writes a call of a tool next to an empty text but refuses one next to null, without tools and with them."""
-        tools = {"tools": [{"type": "function", "function": _TOOL}]}
+        tools = {"tools": [_AS_FUNCTION]}
         return {with_tools: self._needs_text(with_tools, extra) for with_tools, extra in ((False, {}), (True, tools))}
 
     def _needs_text(self, with_tools: bool, extra: Mapping[str, Any]) -> bool:

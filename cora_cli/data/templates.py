@@ -224,7 +224,8 @@ class Template:
 
     def _render_chat(self, record: Mapping[str, Any]) -> Rendered:
         messages, extra = self._messages(record), template_values(record) if self.schema == "messages" else {}
-        content, turn, where = messages[-1].get("content"), self._turn_ends["tools" in extra], place_of(record)
+        content, where = messages[-1].get("content"), place_of(record)
+        turn = self._chat.turn_end(extra) if self.name == "chat" else None
         prompt, rendered, is_bare, conversation = self._asked(messages, extra, where)
         written = (
             rendered[len(prompt) :]

@@ -16,12 +16,18 @@ def has_thoughts(answer: str, reference: str = "") -> bool:
 
 
 def without_thoughts(answer: str) -> str:
-    """An answer without the thoughts before it; thoughts that never end leave nothing."""
-    ends = [(place, mark) for mark in _END if (place := answer.find(mark)) >= 0]
-    if ends:
-        place, mark = min(ends)
-        return answer[place + len(mark) :]
-    return "" if answer.lstrip().startswith(_BEGIN) else answer
+    """An answer without the thoughts before it; thoughts that never end leave nothing.
+
+    Where the prompt has begun them, only their end is there. A mark in a program, behind a quotation mark or within a fence, is text.
+    """
+    ends = sorted((place, mark) for mark in _END if (place := answer.find(mark)) >= 0)
+    if answer.lstrip().startswith(_BEGIN):
+        return answer[ends[0][0] + len(ends[0][1]) :] if ends else ""
+    for place, mark in ends[:1]:
+        before = answer[:place]
+        if not (before.endswith(("'", '"', "`")) or before.count("```") % 2 or any(begin in before for begin in _BEGIN)):
+            return answer[place + len(mark) :]
+    return answer
 
 
 @lru_cache(maxsize=4)

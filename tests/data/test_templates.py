@@ -479,3 +479,19 @@ def test_thoughts_reach_the_template_under_each_name_and_are_named_where_it_drop
         template = Template("chat", "messages", with_template(text))
         assert (template.render(record).response, template.render(record).left_out) == (response, left_out)
         assert template.unread([record]) == []
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_a_template_that_begins_an_answer_behind_every_conversation_as_the_records_variables_say_is_trained(thinks):
+    # As in Command R7B's template: prompts have an empty block of thoughts, but answers begin with another token.
+    tokenizer = with_template(
+        "{% for m in messages %}<|im_start|>{{ m.role }}{{ '<say>' if m.role == 'assistant' }}{{ m.content }}"
+        "{{ '<said>' if m.role == 'assistant' }}<|im_end|>{% endfor %}"
+        "<|im_start|>assistant{% if not thinks %}<think></think>{% endif %}"
+    )
+    tokenizer.add_tokens([AddedToken(text, special=True) for text in ("<say>", "<said>")], special_tokens=True)
+    record = {**TALK, "chat_template_kwargs": {"thinks": True}} if thinks else TALK
+    rendered = Template("chat", "messages", tokenizer).render(record)
+    assert rendered.prompt.endswith("two?<|im_end|><|im_start|>assistant" + ("" if thinks else "<think></think>"))
+    assert (rendered.response, rendered.lead) == ("<say>2", "<say>")
+    assert rendered.end == tokenizer.convert_tokens_to_ids("<said>")

@@ -155,6 +155,12 @@ def test_the_program_in_an_answer_to_a_function_s_beginning(answer: str, program
         ("```python\ndef f(): pass\n      ```\nIt works.", "def f(): pass"),
         ("<think>\n```python\ndef f(): 1\n```\n</think>\n\n```python\ndef f(): pass\n```", "def f(): pass"),
         ("It passes.\n</think>\ndef f(): pass", "\ndef f(): pass"),
+        (
+            "```python\ndef f(t): return re.sub('<think>.*?</think>', '', t)\n```",
+            "def f(t): return re.sub('<think>.*?</think>', '', t)",
+        ),
+        ("def f(t): return t.split('[/THINK]')[-1]", "def f(t): return t.split('[/THINK]')[-1]"),
+        ("Try:\n```\ndef g(): pass\n```\nNo.\n</think>\n```python\ndef f(): pass\n```", "def f(): pass"),
         ("<think>\nPerhaps\n```python\ndef f(): pass\n```", ""),
         ("```python\n```\nSorry.", ""),
     ],
