@@ -63,12 +63,14 @@ def _forget_uses(config: Any) -> None:
     """Leave out of a configuration what it states about the use of the model it was saved from, rather than about the model.
 
     Such as outputs as tuples, an attention kernel that may not be installed here, or a type of numbers in which no model can be created,
-    such as float8: what the weights are stored as, their files say. And how first weights are drawn, by which transformers divides stored ones
+    such as float8: what the weights are stored as, their files say. And gradient checkpointing, and how first weights are drawn, by which transformers divides stored ones
     of Mamba's kin as it loads them.
     """
     for part in parts_of(config):
-        if hasattr(part, RESCALED):
-            setattr(part, RESCALED, False)
+        # transformers turns checkpointing on, and removes the entry, which code of a model may read when it is created again.
+        for name in (RESCALED, "gradient_checkpointing"):
+            if hasattr(part, name):
+                setattr(part, name, False)
         part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
         if getattr(part, "_attn_implementation", None) not in (None, "eager", "sdpa"):
             part._attn_implementation = None

@@ -21,8 +21,9 @@ def forget_failed_pass(model: torch.nn.Module) -> None:
 def computing_in(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Each module computes with its own weights in `dtype` while it runs, and has the stored ones again afterwards, bit for bit.
 
-    Quantized weights stay as they are.
+    Quantized weights stay as they are. What the code of a module keeps from one pass to the next, as masks of the pass' precision, is what it was before.
     """
+    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     stored: dict[torch.nn.Module, dict[torch.nn.Parameter, torch.Tensor]] = {}
 
     def widen(module: torch.nn.Module, *_: object) -> None:
@@ -45,6 +46,12 @@ def computing_in(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
         finally:
             for module in list(stored):
                 restore(module)
+            for module, state, buffers in kept:
+                for name in vars(module).keys() - state.keys():
+                    delattr(module, name)
+                vars(module).update(state)
+                module._buffers.clear()
+                module._buffers.update(buffers)
 
 
 @contextmanager

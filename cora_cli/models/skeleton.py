@@ -231,7 +231,6 @@ def build_skeleton(config: Any, trust_remote_code: bool = False, dtype: torch.dt
 
     Its weights have the type of the configuration, or `dtype`. Raises `CoraError` for a configuration that its class does not accept.
     """
-    stated = dict(vars(config))
     try:
         with torch.device("meta"), listed_ties():
             built: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -247,10 +246,6 @@ def build_skeleton(config: Any, trust_remote_code: bool = False, dtype: torch.dt
         raise CoraError(
             f"config.json of {config.name_or_path} does not describe a {config.model_type} model: {reason(error)}"
         ) from error
-    for name in (
-        stated.keys() - vars(config).keys()
-    ):  # transformers removes gradient_checkpointing, which code of a model may read
-        setattr(config, name, stated[name])
     complete_class(built)
     return built
 

@@ -270,16 +270,15 @@ def test_tensors_that_the_code_computes_and_no_file_holds_are_those_of_the_code(
     torch.testing.assert_close(loaded(input_ids=ids).logits, reference(ids).logits)
 
 
-def test_an_entry_of_the_configuration_that_transformers_removes_is_there_for_the_code_each_time(tmp_path: Path) -> None:
-    code = {
-        "methods": "supports_gradient_checkpointing = True",
-        "tie": "self.gradient_checkpointing, self.scale = False, float(config.gradient_checkpointing)",
-    }
-    model = resolve_model(str(nano(tmp_path / "base", **code)))
+def test_checkpointing_that_a_configuration_states_is_left_to_cora_and_read_by_the_code_each_time(tmp_path: Path) -> None:
+    named = {"methods": "supports_gradient_checkpointing = True"}
+    base = nano(tmp_path / "base", tie="self.gradient_checkpointing = config.gradient_checkpointing", **named)
+    edit(base / "config.json", gradient_checkpointing=True)
+    model = resolve_model(str(base))
     config = load_configuration(model, trust_remote_code=True)
-    config.gradient_checkpointing = True
-    assert [build_skeleton(config, trust_remote_code=True).scale for _ in range(2)] == [1.0, 1.0]  # type: ignore[attr-defined]
-    load_model(model, torch.float32, torch.device("cpu"), None, trust_remote_code=True, config=config)
+    built = [build_skeleton(config, trust_remote_code=True) for _ in range(2)]
+    built.append(load_model(model, torch.float32, torch.device("cpu"), None, trust_remote_code=True, config=config))
+    assert [one.is_gradient_checkpointing for one in built] == [False] * 3
 
 
 LLAMA = """

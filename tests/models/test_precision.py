@@ -28,3 +28,26 @@ def test_weights_are_restored_where_a_layer_fails() -> None:
         model(torch.tensor([9]))
     assert model[0].weight.dtype == torch.bfloat16
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Remembering(torch.nn.Linear):
+    """A layer that keeps a mask of the first pass, in its precision, for the others, as code of some models does."""
+
+    first = True
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.first:
+            self.first = False
+            self.register_buffer("mask", torch.ones(7).to(inputs), persistent=False)
+        assert self.mask.dtype == inputs.dtype
+        return super().forward(inputs * self.mask)
+
+
+def test_what_a_layer_keeps_of_a_pass_is_forgotten_with_its_precision() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 7), Remembering(7, 7))
+    for dtype in (torch.float64, torch.float32):
+        with computing_in(model, dtype):
+            assert model(torch.arange(7)).dtype == dtype
+            model(torch.arange(7))
+    assert model[1].first
+    assert model(torch.arange(7)).dtype == torch.float32
