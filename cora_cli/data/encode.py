@@ -6,13 +6,16 @@ The loss mask depends only on that length, never on a token's id, because the en
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cora_cli.data.records import Record, place_of
 from cora_cli.data.templates import Rendered, Template, left_out_notice
 from cora_cli.errors import CoraError, reason
+from cora_cli.progress import progress
 
+_MANY = 5000
+"""Records that take about ten seconds on a slow machine."""
 _KNOWN_TO_NONE = "\U00010380"
 """A letter of Ugaritic: a tokenizer that makes no token of it leaves out what it does not know. Normalizers keep it, unlike a character without meaning."""
 
@@ -77,7 +80,7 @@ def encode_records(
     truncated = dropped = apart = promptless = empty = cut = unknown = 0
     left_out: Counter[str] = Counter()
     records = [turn for record in records for turn in template.turns(record)] if every_answer else records
-    for record in records:
+    for record in _shown(records, what):
         rendered = template.render(record)
         prompt, response = split_tokens(rendered, template.tokenizer)
         apart += not rendered.own_turn
@@ -109,6 +112,17 @@ def encode_records(
         raise CoraError(f"all {len(records)} {what} records were dropped: no response fits into {limit}; {remedy}")
     spelled = sum(map(template.spells_control_tokens, records))
     return EncodedSet(examples, truncated, dropped, spelled, apart, promptless, empty, cut, left_out, unknown)
+
+
+def _shown(records: Sequence[Record], what: str) -> Iterator[Record]:
+    """The records, with their progress where they are so many that they take long."""
+    if len(records) < _MANY:
+        yield from records
+        return
+    with progress(f"tokenizing the {what} records", len(records), "records") as shown:
+        for record in records:
+            yield record
+            shown.advance()
 
 
 def notices(encoded: EncodedSet) -> list[str]:

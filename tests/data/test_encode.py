@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cora_cli import embedded
+from cora_cli.data import encode
 from cora_cli.data.encode import encode_prompt, encode_records, notices, split_tokens
 from cora_cli.data.templates import Rendered, Template, choose_template
 from cora_cli.errors import CoraError
@@ -143,6 +144,14 @@ def test_a_prompt_that_loses_its_beginning_keeps_its_start_token():
         assert len(encoded.examples[0].input_ids) == longest
         kept.append((tokenizer.decode(encoded.examples[0].input_ids), encoded.truncated))
     assert kept == [("<s>cdefghy</s>", 0), ("<s>defghy</s>", 1), ("<s>ghy</s>", 1), ("<s>hy</s>", 1), ("hy</s>", 1)]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_many_records_are_counted_as_they_are_tokenized(count, monkeypatch, capsys):
+    monkeypatch.setattr(encode, "_MANY", 3)
+    template = Template("plain", "prompt", TOKENIZERS["bos"])
+    encode_records(prompt_records(*[("a", "b")] * count), template, 8, "training")
+    assert ("tokenizing the training records: 3/3 records" in capsys.readouterr().err) == (count == 3)
 
 
 def test_a_record_without_a_single_prompt_token_is_dropped():
