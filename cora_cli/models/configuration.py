@@ -62,9 +62,9 @@ def _unknown_type(stated: Mapping[str, Any]) -> str | None:
 def _forget_uses(config: Any) -> None:
     """Leave out of a configuration what it states about the use of the model it was saved from, rather than about the model.
 
-    Such as outputs as tuples, an attention kernel that may not be installed here, or a type of numbers in which no model can be created,
-    such as float8: what the weights are stored as, their files say. And gradient checkpointing, and how first weights are drawn, by which transformers divides stored ones
-    of Mamba's kin as it loads them.
+    Such as outputs as tuples, gradient checkpointing, an attention kernel that may not be installed here, or a type of numbers in which no model can
+    be created, such as float8: what the weights are stored as, their files say. And how first weights are drawn, by which transformers divides stored
+    ones of Mamba's kin as it loads them.
     """
     for part in parts_of(config):
         # transformers turns checkpointing on, and removes the entry, which code of a model may read when it is created again.

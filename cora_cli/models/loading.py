@@ -19,7 +19,7 @@ from cora_cli.models.causality import require_causal
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
 from cora_cli.models.configuration import RESCALED, keep_scales, load_configuration
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.own_code import complete_class, listed_ties, restore_buffers
+from cora_cli.models.own_code import complete_class, has_own_code, listed_ties, restore_buffers
 from cora_cli.models.quantized import (
     PLAIN_COPY,
     ask_for_plain,
@@ -134,7 +134,8 @@ def load_model(
             "omit --load-in-4bit, or use a CUDA GPU" if four_bit else f"use a CUDA GPU, or {PLAIN_COPY}",
         )
     require_causal(loaded, model.reference)
-    restore_buffers(loaded, options["config"], {name for name, _ in Skeleton(loaded).names(checkpoint.shapes).values()})
+    if has_own_code(loaded):
+        restore_buffers(loaded, options["config"], {name for name, _ in Skeleton(loaded).names(checkpoint.shapes).values()})
     complete_class(loaded, model.path)
     keep_scales(loaded)
     if model.config().get(RESCALED) and "mamba" in loaded.config.model_type:

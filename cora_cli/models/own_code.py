@@ -111,7 +111,7 @@ def restore_buffers(model: Any, config: Any, stored: Collection[str]) -> None:
     others = [
         (place, name) for place, module in model.named_modules() for name, value in vars(module).items() if _is_meta(value)
     ]
-    if not has_own_code(model) or not (buffers or others):
+    if not (buffers or others):
         return
     made = _constructed(type(model), config, model.dtype)
     computed = dict(made.named_buffers(remove_duplicate=False))
