@@ -7,11 +7,10 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from cora_cli.data.chat import PROBE
+from cora_cli.data.chat import CONTROL, PROBE
 
 _OPENED = re.compile(r"(?P<tag><[^<>\s]{1,40}>|\[[A-Z_]{1,40}\])(?P<space>\s*)$")
 """The end of a prompt that begins the answer itself, such as with `<think>`."""
-_CONTROL = re.compile(r"<[^<>\s]+>")
 _PIECE = re.compile(r"[<\[][^<>\[\]\s]*[>\]]|\w+|\W")
 """A control token, a word, or what is between them."""
 
@@ -92,7 +91,7 @@ class Conversation:
     def _begun_otherwise(self, before: str) -> str:
         """The control tokens that stand `before` an answer where a prompt has others in their place, as Command R7B's has behind every conversation."""
         asked, written = _behind_shared(_PIECE.findall(self.prompt), _PIECE.findall(before))
-        is_control = asked.strip() and not _CONTROL.sub("", asked + written).strip()
+        is_control = asked.strip() and not CONTROL.sub("", asked + written).strip()
         return written if is_control else ""
 
     def _is_earlier(self, start: int, header: str) -> bool:

@@ -20,7 +20,7 @@ _ADDRESS = re.compile(r"<[^<>\n]{1,200} at 0x[0-9a-f]{6,16}>")
 """What Python writes for an object that is no text, such as a generator: it has another address in each process."""
 _PARTS = ("{'type': 'text'", '{"type": "text"')
 """How a template that knows no parts of messages writes one, as Python or as JSON prints it."""
-_CONTROL = re.compile(r"<[^<>\s]{1,40}>")
+CONTROL = re.compile(r"<[^<>\s]{1,40}>")
 """How the control tokens of chat templates are written."""
 _THINK = re.compile(r"</?think>")
 """The tags around thoughts, which are a part of answers."""
@@ -134,7 +134,7 @@ class ChatTemplate:
     def control(self) -> dict[str, int]:
         """As `special`, with the tokens around messages that are not called special, such as DeepSeek-R1's `<｜User｜>`."""
         framed = self._answered({"content": PROBE}, {}, [{"role": "user", "content": "question"}]) or ""
-        framing = {text for text in _CONTROL.findall(framed) if not _THINK.fullmatch(text)}
+        framing = {text for text in CONTROL.findall(framed) if not _THINK.fullmatch(text)}
         added = self._tokenizer.added_tokens_decoder.items()
         return {**self.special, **{token.content: index for index, token in added if token.content in framing}}
 
@@ -180,7 +180,7 @@ class ChatTemplate:
     @cached_property
     def end_as_text(self) -> str | None:
         """The control token by which the chat template ends an answer where the tokenizer has no such token, so that it is text to the model."""
-        found = None if self.turn_ends[False] else _CONTROL.match(self._behind_answer({}).lstrip())
+        found = None if self.turn_ends[False] else CONTROL.match(self._behind_answer({}).lstrip())
         return found.group() if found else None
 
     def _behind_answer(self, extra: Mapping[str, Any], asks_again: bool = False) -> str:

@@ -26,7 +26,7 @@ def complete_class(model: Any, directory: Path | None = None) -> None:
     """Give a model with code of its own what its class lacks: its embedding, the sizes in its configuration, `generate`, and a `forward` that takes
     what says nothing. `directory` may hold its generation configuration.
 
-    Raises `CoraError` where no embedding of tokens can be found.
+    Raises `CoraError` where no embedding of tokens can be found, and for a forward pass without `input_ids`.
     """
     own = type(model)
     if not has_own_code(model) or "_completed" in vars(own):
@@ -52,7 +52,7 @@ def complete_class(model: Any, directory: Path | None = None) -> None:
 
 
 def _tells_embedding(model: Any) -> bool:
-    with contextlib.suppress(NotImplementedError):
+    with contextlib.suppress(NotImplementedError):  # transformers' own way to say that it found none
         return model.get_input_embeddings() is not None
     return False
 
@@ -133,7 +133,7 @@ def _constructed(kind: Any, config: Any, dtype: torch.dtype) -> Any:
         try:
             with init_empty_weights(include_buffers=False):
                 return kind._from_config(copy.deepcopy(config), dtype=dtype)
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError:  # torch's for numbers that a parameter without any cannot give
             return kind._from_config(copy.deepcopy(config), dtype=dtype)
 
 
