@@ -32,6 +32,7 @@ from tests.methods.helpers import plan_of
 from tests.weights.helpers import make_llama
 
 TARGETS = ("q_proj", "k_proj", "v_proj")
+VOCABULARY = 8192
 
 
 def seed_draws(name: str) -> None:
@@ -52,11 +53,24 @@ def pytest_runtest_call(item: pytest.Item) -> None:
     seed_draws(item.nodeid)
 
 
+def write_tokenizer(directory: Path) -> None:
+    """Write the embedded model's tokenizer with no more than its first `VOCABULARY` tokens, so that logits and files are small."""
+    tokenizer = AutoTokenizer.from_pretrained(embedded.model_directory())
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    model = described["model"]
+    kept = {token: index for token, index in model["vocab"].items() if index < VOCABULARY}
+    described["model"] = {**model, "vocab": kept, "merges": [pair for pair in model["merges"] if "".join(pair) in kept]}
+    path.write_text(json.dumps(described), encoding="utf-8")
+    AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
+
+
 def make_model(directory: Path, seed: int, key_value_heads: int = 2, intermediate: int = 96) -> Path:
-    """A two-layer Llama with hidden size 64 and four heads, in float32, with the embedded model's tokenizer."""
+    """A two-layer Llama with hidden size 64 and four heads, in float32, with a small tokenizer."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=49152,
+        vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=intermediate,
         num_hidden_layers=2,
@@ -70,7 +84,7 @@ def make_model(directory: Path, seed: int, key_value_heads: int = 2, intermediat
         initializer_range=0.2,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
-    AutoTokenizer.from_pretrained(embedded.model_directory()).save_pretrained(directory)
+    write_tokenizer(directory)
     return directory
 
 

@@ -28,6 +28,7 @@ from cora_cli.evaluation.mixture import mixture, share_equal_weights
 from cora_cli.models.references import resolve_model
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.report import report
+from tests.conftest import VOCABULARY
 
 from .helpers import CLEAR, FAST, UNUSED, Answers, evaluate_run, make_run, random_prompts
 
@@ -181,7 +182,7 @@ def test_a_tokenizer_that_was_written_again_is_the_same_and_one_with_another_tok
     base, grown = (Path(shutil.copytree(tiny_model, tmp_path / name)) for name in ("base", "grown"))
     described = read_json(base / "tokenizer.json")
     (base / "tokenizer.json").write_text(json.dumps(described, indent=1))  # as no transformers writes it
-    added = {**described["added_tokens"][-1], "id": 49152, "content": "<|new|>"}
+    added = {**described["added_tokens"][-1], "id": VOCABULARY, "content": "<|new|>"}
     (grown / "tokenizer.json").write_text(json.dumps({**described, "added_tokens": [*described["added_tokens"], added]}))
     runs = [make_run(base, tiny_data, tmp_path / mode, mode=mode) for mode in ("lora", "full")]
     assert (base / "tokenizer.json").read_bytes() != (runs[1] / "model" / "tokenizer.json").read_bytes()

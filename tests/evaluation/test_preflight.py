@@ -18,6 +18,7 @@ from cora_cli.evaluation.preflight import BYTES_PER_TOKEN, describe, preflight
 from cora_cli.planning.memory import StorageMeter
 from cora_cli.planning.page import size_text
 from cora_cli.reading import read_jsonl
+from tests.conftest import VOCABULARY
 
 
 def config_for(model: Path, data: Path, out: Path, **changes: Any) -> EvaluateConfig:
@@ -37,7 +38,7 @@ def test_the_peak_is_that_of_the_decoder_whose_rows_all_reach_the_longest_answer
 ) -> None:
     (plan,) = preflight(config_for(bare, tiny_data, tmp_path / "out"))
     model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    meter = StorageMeter(49152)
+    meter = StorageMeter(VOCABULARY)
     meter.assign((*model.parameters(), *model.buffers()), "weights")
     with meter:
         decoder = PooledDecoder(model, plan.prompts, (), 8, 70)

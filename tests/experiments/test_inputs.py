@@ -15,6 +15,7 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import find_inputs, require_on_hub
 from cora_cli.models.model_path import ModelPath
+from tests.conftest import VOCABULARY
 from tests.experiments.helpers import grid_of
 
 
@@ -31,8 +32,8 @@ def test_models_are_measured_and_data_are_split_for_each_use(grid: Grid, tiny_mo
     inputs = find_inputs(grid, tmp_path / "hashes.json")
     inputs.require_all()  # the model that no row uses is not resolved
     model = inputs.models[str(tiny_model)]
-    assert model.embedded == 49152 * 64
-    assert model.parameters == 49152 * 64 + 2 * (64 * (64 + 32 + 32 + 64 + 3 * 96) + 2 * 64) + 64
+    assert model.embedded == VOCABULARY * 64
+    assert model.parameters == VOCABULARY * 64 + 2 * (64 * (64 + 32 + 32 + 64 + 3 * 96) + 2 * 64) + 64
     assert sorted(set(model.targets().values())) == [(32, 64), (64, 64)]
     assert sorted(len(data.test) for data in inputs.datasets.values()) == [4, 10]
     assert len({data.sha256 for data in inputs.datasets.values()}) == 2

@@ -16,6 +16,7 @@ from cora_cli.models.loading import load_configuration, load_model
 from cora_cli.models.references import resolve_model
 from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.weights.sources import open_source
+from tests.conftest import VOCABULARY
 from tests.weights.helpers import local, make_llama
 
 
@@ -323,7 +324,7 @@ def test_a_pointer_of_git_lfs_is_called_one(tiny_model, tmp_path):
         directory = Path(shutil.copytree(tiny_model, tmp_path / f"with-{name}"))
         (directory / name).write_text(pointer)
         if name == "vocab.txt":
-            assert len(load_tokenizer(local(directory))) == 49152  # by tokenizer.json
+            assert len(load_tokenizer(local(directory))) == VOCABULARY  # by tokenizer.json
             (directory / "tokenizer.json").unlink()
         with pytest.raises(CoraError, match=f"{name} is only a pointer of Git LFS, in place of the file itself"):
             load_configuration(local(directory)) if name == "config.json" else load_tokenizer(local(directory))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, T5Config
 from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.training.run import train
+from tests.conftest import VOCABULARY
 
 from .helpers import RunProcess, checkpoint_names, config_for, log_lines, losses, record_of
 
@@ -171,7 +172,7 @@ def test_a_model_that_predicts_no_next_token_is_refused_before_anything_is_writt
 ) -> None:
     model = tmp_path / "t5"
     shutil.copytree(tiny_model, model)
-    T5Config(vocab_size=49152, d_model=32, num_layers=1, num_heads=2).save_pretrained(model)
+    T5Config(vocab_size=VOCABULARY, d_model=32, num_layers=1, num_heads=2).save_pretrained(model)
     with pytest.raises(CoraError, match="is a t5 model, which transformers does not load as a causal language model"):
         train(config_for(model, tiny_data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

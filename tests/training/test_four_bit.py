@@ -31,7 +31,7 @@ from cora_cli.training.preflight import Measured, preflight
 from cora_cli.training.prepare import prepare
 from cora_cli.training.rough import rough_peak
 from cora_cli.training.run import train
-from tests.conftest import make_model
+from tests.conftest import VOCABULARY, make_model
 from tests.methods.helpers import plan_of
 
 from .helpers import KILLED, RunProcess, config_for, log_lines, losses, real_peak, record_of, run_together
@@ -291,7 +291,7 @@ def test_the_planned_peak_is_that_of_the_real_training(
     assert rough < rough_peak(replace(config, load_in_4bit=False), prepared)
     parameters = sum(parameter.untyped_storage().nbytes() for parameter in loaded.parameters())
     scales = quantised_bytes(loaded) - parameters - sum(buffer.nbytes for buffer in loaded.buffers())
-    peak = real_peak(config, 49152, monkeypatch)
+    peak = real_peak(config, VOCABULARY, monkeypatch)
     assert found.memory.total == pytest.approx(sum(peak.values()) + scales, rel=0.1)
     assert found.parameters == record_of(tmp_path / "run")["parameters"]
 
@@ -301,7 +301,7 @@ def test_a_planned_layer_has_its_weight_while_it_multiplies_and_keeps_it_nowhere
         model = fake_model(load_configuration(resolve_model(str(tiny_model))), False, torch.bfloat16)
         hold_in_four_bit(model, torch.bfloat16)
         layer = model.model.layers[0].mlp.up_proj  # 128 x 64
-        with StorageMeter(49152) as meter:
+        with StorageMeter(VOCABULARY) as meter:
             states = torch.empty(3, 64, dtype=torch.bfloat16, requires_grad=True)
             product = layer(states)
             assert meter.peak["activations"] == 2 * (3 * 64 + 128 * 64 + 3 * 128)

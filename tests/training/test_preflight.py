@@ -37,6 +37,7 @@ from cora_cli.training.preflight import Measured, Preflight, plan_run, preflight
 from cora_cli.training.preflight_text import describe, marked
 from cora_cli.training.prepare import Prepared, prepare
 from cora_cli.training.work import planned_form
+from tests.conftest import VOCABULARY
 from tests.methods.helpers import SMALL
 from tests.training.helpers import Metered, config_for, log_lines, losses, real_peak, record_of, run_together
 
@@ -45,7 +46,7 @@ def meter_process(out: Path) -> None:
     """Let this process of a divided training write its peak, and the bytes that it keeps of the divided weights, into the directory `out`."""
 
     class Writing(Metered):
-        meter = StorageMeter(49152)
+        meter = StorageMeter(VOCABULARY)
 
         def train(self, **arguments: Any) -> Any:
             kept = [p.to_local().numel() * p.element_size() for p in self.model.parameters() if isinstance(p, DTensor)]
@@ -153,13 +154,13 @@ def test_the_peak_of_another_family_is_that_of_the_real_training(
 ) -> None:
     """With one example in a batch, the rows of the held-out loss are larger."""
     torch.manual_seed(0)
-    common = {"vocab_size": 49152, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+    common = {"vocab_size": VOCABULARY, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
     model = Path(shutil.copytree(tiny_model, tmp_path / family, ignore=shutil.ignore_patterns("*.safetensors", "config.json")))
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **common, **FAMILIES[family])).save_pretrained(model)
     config = config_for(model, tiny_data, tmp_path / "run", max_steps=1, batch_size=batch, eval_limit=1 if batch > 1 else 4)
     found = measured(preflight(config))
     if batch > 1:
-        assert found.memory.total == pytest.approx(sum(real_peak(config, 49152, monkeypatch).values()), rel=0.03)
+        assert found.memory.total == pytest.approx(sum(real_peak(config, VOCABULARY, monkeypatch).values()), rel=0.03)
     else:
         training.train(config)
         assert found.memory.stage == "measuring the held-out loss"
@@ -173,7 +174,7 @@ def test_the_peak_is_that_of_the_real_training(
     config = config_for(tiny_model, tiny_data, tmp_path / "run", **SETTINGS[name], eval_limit=1)
     plan = preflight(config)
     found = measured(plan)
-    peak = real_peak(config, 49152, monkeypatch)
+    peak = real_peak(config, VOCABULARY, monkeypatch)
     assert found.memory.stage == "a training step"
     assert found.memory.total == pytest.approx(sum(peak.values()), rel=0.1)
     assert found.memory.parts["weights"] == peak["weights"]
@@ -201,7 +202,7 @@ def test_a_start_from_data_that_takes_more_than_a_step_is_the_peak(
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     register_packed_attention()
     model.set_attn_implementation(prepared.attention.name)
-    with StorageMeter(49152) as meter:
+    with StorageMeter(VOCABULARY) as meter:
         meter.assign((*model.parameters(), *model.buffers()), "weights")
         observe(model, kind, prepared.layers, examples, prepared.hardware, form, checkpointing)
     if mode == "eva":  # one example at a time, without a backward pass
@@ -229,7 +230,7 @@ def test_a_plan_in_bf16_multiplies_blocks_as_the_run_does(
 ) -> None:
     config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="melora", dtype="bf16", max_steps=1, eval_limit=1)
     found = measured(preflight(config))
-    assert found.memory.total == pytest.approx(sum(real_peak(config, 49152, monkeypatch).values()), rel=0.1)
+    assert found.memory.total == pytest.approx(sum(real_peak(config, VOCABULARY, monkeypatch).values()), rel=0.1)
 
 
 def test_a_plan_needs_no_weights_and_writes_nothing(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -347,7 +348,8 @@ def test_a_divided_model_keeps_no_converted_copy_of_complete_layers(
 
 
 def test_a_plan_for_several_processes_needs_none_of_them(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    config = config_for(tiny_model, tiny_data, tmp_path / "run", dry_run=True, processes=8, shard="fsdp")
+    settings = {"processes": 8, "shard": "fsdp", "batch_size": 2, "eval_limit": 1}
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", dry_run=True, **settings)
     page = describe(preflight(config))
     assert "in 8 processes" in page
     assert "  gathered " in page
@@ -406,7 +408,7 @@ def test_rows_of_fewer_tokens_give_the_same_gradients(
             training.train(config_for(tiny_model, tiny_data, tmp_path / f"{mode}{number}", **own))
         assert losses(tmp_path / f"{mode}0") == pytest.approx(losses(tmp_path / f"{mode}1"), rel=1e-6)
         for name, gradient in found[0].items():
-            assert torch.allclose(found[1][name], gradient, rtol=0, atol=1e-6 * gradient.abs().max().item()), name
+            assert torch.allclose(found[1][name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item()), name
 
 
 @pytest.mark.parametrize("form", [BatchForm("packed", True), BatchForm("packed"), BatchForm("padded")], ids=str)
@@ -550,7 +552,7 @@ def test_a_plan_for_a_gpu_takes_logits_in_the_pieces_of_a_gpu(tiny_model: Path, 
     if torch.cuda.is_available():
         pytest.skip("the plan is for the GPU that is here")
     plan = preflight(config_for(tiny_model, tiny_data, tmp_path / "run", device="auto", dtype="bf16", batch_size=16))
-    logits = plan.largest_labels * 49152
+    logits = plan.largest_labels * VOCABULARY
     assert losses_of_tokens.CHUNK < logits <= losses_of_tokens.GPU_CHUNK
     # In bf16 the logits and their gradient, in float32 the piece, here all of them, and its softmax.
     assert measured(plan).memory.parts["logits"] == pytest.approx((2 + 2 + 4 + 4) * logits, rel=0.05)

@@ -39,7 +39,7 @@ MODES: dict[str, dict[str, Any]] = {
     "tb, orthonormal": {"mode": "tb", "b_init": "orthonormal"},
     "full": {"mode": "full"},
 }
-TRAINED = {"lora": 6 * 4 * 64 + 2 * 4 * (64 + 32 + 32), "fb": 6 * 4 * 64, "full": 3_207_488}
+TRAINED = {"lora": 6 * 4 * 64 + 2 * 4 * (64 + 32 + 32), "fb": 6 * 4 * 64, "full": 586_048}
 TRAINED["tb"] = TRAINED["lora"]
 
 

@@ -17,6 +17,7 @@ from cora_cli.errors import CoraError, UsageError
 from cora_cli.reading import read_json, read_yaml
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
+from tests.conftest import VOCABULARY
 
 from .helpers import checkpoint_names, config_for, log_lines, record_of
 
@@ -56,7 +57,7 @@ def test_a_run_that_stops_twice_ends_as_the_run_that_did_not(config: TrainConfig
 
 def test_all_weights_continue_where_transformers_fuses_the_experts(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
-    shape = MixtralConfig(vocab_size=49152, hidden_size=32, intermediate_size=48, initializer_range=0.2, **sizes)
+    shape = MixtralConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, initializer_range=0.2, **sizes)
     torch.manual_seed(0)
     MixtralForCausalLM(shape).save_pretrained(tmp_path / "experts")
     for file in tiny_model.glob("*token*"):

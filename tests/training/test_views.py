@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
+from transformers import Phi3Config, Phi3ForCausalLM
 
-from cora_cli import embedded
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
 from cora_cli.extraction.extract import extract_basis
@@ -16,6 +15,7 @@ from cora_cli.rundir import RunDirectory
 from cora_cli.training.preflight import Measured, preflight
 from cora_cli.training.prepare import prepare
 from cora_cli.training.run import train
+from tests.conftest import VOCABULARY, write_tokenizer
 from tests.evaluation.helpers import evaluate_run
 
 from .helpers import assert_b_is_basis, config_for, losses
@@ -23,10 +23,10 @@ from .helpers import assert_b_is_basis, config_for, losses
 
 @pytest.fixture(scope="module")
 def phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers with four heads of queries and two of keys and values, with the embedded model's tokenizer."""
+    """Two layers with four heads of queries and two of keys and values, with a small tokenizer."""
     torch.manual_seed(0)
     config = Phi3Config(
-        vocab_size=49152,
+        vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -41,7 +41,7 @@ def phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     directory = tmp_path_factory.mktemp("models") / "phi3"
     Phi3ForCausalLM(config).save_pretrained(directory)
-    AutoTokenizer.from_pretrained(embedded.model_directory()).save_pretrained(directory)
+    write_tokenizer(directory)
     return directory
 
 

@@ -22,6 +22,7 @@ from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.evaluation.judge.judge import judge
 from cora_cli.evaluation.judge.local import LocalJudge
 from cora_cli.reading import read_jsonl
+from tests.conftest import VOCABULARY
 from tests.evaluation.judge.server import write_answers
 
 FAST = {"device": "cpu", "dtype": "fp32", "max_tokens": 8, "tries": 1}
@@ -294,6 +295,7 @@ def test_a_token_without_a_row_in_the_judges_embedding_is_refused_by_name(tiny_m
     tokenizer.chat_template = "<|judge|>{{ messages[0].content }}"
     judge._chat = ChatTemplate(tokenizer, judge._date)
     with pytest.raises(
-        CoraError, match=r"m: the token '<\|judge\|>' has the id 49152, but the model's embedding has only 49152 rows"
+        CoraError,
+        match=rf"m: the token '<\|judge\|>' has the id {VOCABULARY}, but the model's embedding has only {VOCABULARY} rows",
     ):
         list(judge.ask([Call(0, "How good?")], lambda call: True))
