@@ -19,7 +19,7 @@ from cora_cli.models.causality import require_causal
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
 from cora_cli.models.configuration import RESCALED, keep_scales, load_configuration
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.own_code import complete_class, has_own_code, listed_ties, restore_buffers
+from cora_cli.models.own_code import complete_class, has_own_code, kept_as_read, listed_ties, restore_buffers
 from cora_cli.models.quantized import (
     PLAIN_COPY,
     ask_for_plain,
@@ -104,7 +104,7 @@ def load_model(
     loaded: Any
     report: Any
     try:
-        with _for_transformers(model, checkpoint) as path, listed_ties():
+        with _for_transformers(model, checkpoint) as path, listed_ties(), kept_as_read():
             loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # output_loading_info returns a pair
                 path,
                 dtype=dtype,

@@ -20,6 +20,9 @@ from cora_cli.errors import CoraError
 
 _SWITCHES = frozenset({"use_cache", "return_dict", "output_attentions", "output_hidden_states"})
 """Arguments of transformers' forward passes that say what to return, and change no number."""
+_OF_TORCH = frozenset(vars(torch.nn.Module()))
+_DEPTH = 3
+"""How deep the tensors may lie that the code of a module keeps in lists, dictionaries and objects."""
 
 
 def complete_class(model: Any, directory: Path | None = None) -> None:
@@ -107,9 +110,11 @@ def restore_buffers(model: Any, config: Any, stored: Collection[str]) -> None:
     rotary embeddings, would be whatever the memory held. `config` is that which the model was created from, `stored` are the names of the tensors from
     files.
     """
-    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False) if name not in stored]
+    # An older file may hold one that the code keeps out of files by now; transformers reads no such tensor.
+    unread = {name for name, _ in model.named_non_persistent_buffers(remove_duplicate=False)}
+    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False) if name in unread or name not in stored]
     others = [
-        (place, name) for place, module in model.named_modules() for name, value in vars(module).items() if _is_meta(value)
+        (place, name) for place, module in model.named_modules() for name, value in _own_state(module) if _holds_meta(value)
     ]
     if not (buffers or others):
         return
@@ -120,11 +125,61 @@ def restore_buffers(model: Any, config: Any, stored: Collection[str]) -> None:
             owner, _, last = name.rpartition(".")
             model.get_submodule(owner)._buffers[last] = computed[name].to(model.device)
     for place, name in others:
-        setattr(model.get_submodule(place), name, getattr(made.get_submodule(place), name).to(model.device))
+        module = model.get_submodule(place)
+        setattr(module, name, _filled(getattr(module, name), getattr(made.get_submodule(place), name), model.device))
 
 
-def _is_meta(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_meta
+def containers(module: torch.nn.Module) -> Iterator[dict[Any, Any] | list[Any]]:
+    """The dictionaries and lists in which the code of a module may keep something from one pass to the next."""
+    pending = [(value, _DEPTH) for _, value in _own_state(module)]
+    while pending:
+        value, depth = pending.pop()
+        parts = _parts(value) if depth else []
+        if parts or isinstance(value, dict | list):
+            if not isinstance(value, tuple):
+                yield value if isinstance(value, dict | list) else vars(value)
+            pending += [(part, depth - 1) for _, part in parts]
+
+
+def _own_state(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    """What the code of a module keeps beside parameters, buffers and other modules."""
+    return [(name, value) for name, value in vars(module).items() if name not in _OF_TORCH]
+
+
+def _holds_meta(value: Any, depth: int = _DEPTH) -> bool:
+    """Whether a value is a tensor without numbers, or has one within, as a list, a dictionary or an object of a class of the code may."""
+    if isinstance(value, torch.Tensor):
+        return value.is_meta
+    return depth > 0 and any(_holds_meta(part, depth - 1) for _, part in _parts(value))
+
+
+def _parts(value: Any) -> list[tuple[Any, Any]]:
+    """The parts of a value that may hold tensors, each behind its key, place or name."""
+    if isinstance(value, dict):
+        return [*value.items()]
+    if isinstance(value, list | tuple):
+        return [*enumerate(value)]
+    is_of_code = type(value).__module__.startswith("transformers_modules.") and not isinstance(value, torch.nn.Module)
+    return [*vars(value).items()] if is_of_code and hasattr(value, "__dict__") else []
+
+
+def _filled(value: Any, made: Any, device: torch.device) -> Any:
+    """A value with the numbers of another, equal one in place of tensors that have none; see `_holds_meta`."""
+    if isinstance(value, torch.Tensor):
+        return made.to(device) if value.is_meta else value
+    theirs = dict(_parts(made))
+    parts = [(name, _filled(part, theirs[name], device)) for name, part in _parts(value) if _holds_meta(part)]
+    if isinstance(value, tuple):
+        filled = [*value]
+        for place, part in parts:
+            filled[place] = part
+        return type(value)(*filled) if hasattr(value, "_fields") else type(value)(filled)
+    for name, part in parts:
+        if isinstance(value, dict | list):
+            value[name] = part
+        else:
+            setattr(value, name, part)
+    return value
 
 
 def _constructed(kind: Any, config: Any, dtype: torch.dtype) -> Any:
@@ -144,25 +199,77 @@ def has_own_code(model: Any) -> bool:
 
 @contextlib.contextmanager
 def listed_ties() -> Iterator[None]:
-    """Have models created whose code lists the weights that are the embedding's, as for transformers 4; it names them with their source by now."""
+    """Have models created whose code ties weights as for transformers 4, by listing those that are the embedding's, or by giving two layers the same
+    one; transformers asks for names and their sources by now."""
     place: Any = PreTrainedModel
     before = place.get_expanded_tied_weights_keys
 
     def expanded(self: Any, all_submodels: bool = False) -> dict[str, str]:
-        if isinstance(listed := getattr(type(self), "_tied_weights_keys", None), list | tuple | set):
-            embedding = self.get_input_embeddings() if _tells_embedding(self) else _find_embedding(self)
-            source = next((name for name, module in self.named_modules() if module is embedding), None)
-            type(self)._tied_weights_keys = {
-                str(key): f"{source}.weight" for key in listed if source and str(key) != f"{source}.weight"
-            }
-        found: dict[str, str] = before(self, all_submodels)
-        return found
+        found: dict[str, str]
+        if all_submodels or not self.is_custom_code():
+            found = before(self, all_submodels)
+            return found
+        every = dict(self.named_parameters(remove_duplicate=False))
+        first = {id(weight): name for name, weight in reversed(every.items())}
+        same = {name: first[id(weight)] for name, weight in every.items() if name != first[id(weight)]}
+        if isinstance(stated := self._tied_weights_keys, list | tuple | set):
+            stated = _of_embedding(self, every, [re.compile(str(pattern)) for pattern in stated])
+            if stated and getattr(self.config, "tie_word_embeddings", None) is None:
+                self.config.tie_word_embeddings = (
+                    True  # as of every configuration of transformers 4 that does not say otherwise
+                )
+            self._tied_weights_keys = stated
+        if same:
+            self._tied_weights_keys = same | (stated or {})
+        found = before(self, all_submodels)
+        return same | found
 
     place.get_expanded_tied_weights_keys = expanded
     try:
         yield
     finally:
         place.get_expanded_tied_weights_keys = before
+
+
+def _of_embedding(model: Any, every: Mapping[str, torch.Tensor], listed: list[re.Pattern[str]]) -> dict[str, str]:
+    """The name of the embedding's weight by those of the listed ones of its shape; a bias is no part of it."""
+    embedding = model.get_input_embeddings() if _tells_embedding(model) else _find_embedding(model)
+    source = next((f"{name}.weight" for name, module in model.named_modules() if module is embedding), None)
+    if source is None:
+        return {}
+    fitting = (name for name, weight in every.items() if name != source and weight.shape == every[source].shape)
+    return {name: source for name in fitting if any(pattern.search(name) for pattern in listed)}
+
+
+@contextlib.contextmanager
+def kept_as_read() -> Iterator[None]:
+    """Have models with code of their own loaded without a weight that was read being drawn anew.
+
+    transformers has the code initialize each module that holds a tensor that no file has, such as a mask, and code for transformers 4 then
+    overwrites the weights of that module, and of those within it, in place.
+    """
+    place: Any = PreTrainedModel
+    before = place._initialize_weights
+
+    def initialize(self: Any, module: torch.nn.Module, is_custom_code: bool = False) -> None:
+        if not is_custom_code:
+            before(self, module, is_custom_code)
+        elif not all(map(_is_read, module.parameters(recurse=False))):
+            read = [(weight, weight.data.clone()) for weight in module.parameters() if _is_read(weight)]
+            before(self, module, is_custom_code)
+            for weight, data in read:
+                weight.data.copy_(data)
+
+    place._initialize_weights = initialize
+    try:
+        yield
+    finally:
+        place._initialize_weights = before
+
+
+def _is_read(weight: torch.nn.Parameter) -> bool:
+    """Whether transformers has read a weight from a file, or takes it for one that is tied to such a one."""
+    return getattr(weight, "_is_hf_initialized", False)
 
 
 def _state_sizes(model: Any) -> None:

@@ -1,9 +1,12 @@
 """Compute with a model in a higher precision than that of its weights, without a copy of them all."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+
+from cora_cli.models.own_code import containers
 
 UNSUPPORTED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 """What a family raises that computes some parts in a precision of its own, which does not go with another one."""
@@ -24,6 +27,7 @@ def computing_in(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     Quantized weights stay as they are. What the code of a module keeps from one pass to the next, as masks of the pass' precision, is what it was before.
     """
     kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    contents = [(held, copy.copy(held)) for module in model.modules() for held in containers(module)]
     stored: dict[torch.nn.Module, dict[torch.nn.Parameter, torch.Tensor]] = {}
 
     def widen(module: torch.nn.Module, *_: object) -> None:
@@ -52,6 +56,9 @@ def computing_in(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
                 vars(module).update(state)
                 module._buffers.clear()
                 module._buffers.update(buffers)
+            for held, content in contents:
+                held.clear()
+                held.extend(content) if isinstance(held, list) else held.update(content)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
-from cora_cli import embedded
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
@@ -20,12 +19,14 @@ from cora_cli.evaluation.generate import BatchedGenerate, transformers_engine
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import load_model
 from cora_cli.models.own_code import listed_ties
+from cora_cli.models.precision import computing_in
 from cora_cli.models.references import resolve_model
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
 from cora_cli.reading import read_jsonl
 from cora_cli.training.preflight import preflight
 from cora_cli.training.run import train
+from tests.conftest import VOCABULARY, write_tokenizer
 from tests.training.helpers import config_for
 
 NEEDED = "it needs Python code of its own, which cora runs with --trust-remote-code only"
@@ -177,12 +178,11 @@ def nano(directory: Path, tied: bool = False, **changes: str) -> Path:
     code = NANO
     for name, text in {**parts, **changes}.items():
         code = code.replace(f"{{{name}}}", text)
-    shutil.copytree(embedded.model_directory(), directory, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    write_tokenizer(directory)
     (directory / "nano.py").write_text(code)
-    rows = len(AutoTokenizer.from_pretrained(embedded.model_directory()))
     stated = {
         "model_type": "nano",
-        "n_vocab": rows,
+        "n_vocab": VOCABULARY,
         "block_size": 256,
         "tie_word_embeddings": tied,
         "gradient_checkpointing": False,
@@ -254,20 +254,91 @@ def test_a_model_whose_class_lacks_what_others_have_is_trained_written_and_answe
         assert line["prediction"].strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
-COMPUTED = ('self.register_buffer("scale", torch.arange(width) / 7, persistent=False)', "self.scale = torch.arange(width) / 7")
+COMPUTED = {
+    "self.scale": "self.scale = {numbers}",
+    "self.kept[0]": "self.kept = [{numbers}]",
+    "self.kept['scale'][0]": "self.kept = {'scale': ({numbers}, None)}",
+    "self.kept.scale": "self.kept = type('Kept', (), {})(); self.kept.scale, self.kept.model = {numbers}, self.tok",
+    "self.buffer": "self.register_buffer('buffer', {numbers}, persistent=False)",
+}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("computed", COMPUTED)
-def test_tensors_that_the_code_computes_and_no_file_holds_are_those_of_the_code(computed: str, tmp_path: Path) -> None:
-    """As the frequencies of rotary embeddings in code for transformers 4: transformers 5 leaves them without numbers."""
-    base = nano(tmp_path / "base", tie=computed, returned="CausalLMOutput(logits=self.head(states * self.scale))")
+@pytest.mark.parametrize("used", COMPUTED)
+def test_tensors_that_the_code_computes_and_no_file_holds_are_those_of_the_code(used: str, tmp_path: Path) -> None:
+    """As the frequencies of rotary embeddings in code for transformers 4: transformers 5 leaves them without numbers.
+
+    A file of an earlier version of the code may hold them, which transformers does not read.
+    """
+    computed = COMPUTED[used].replace("{numbers}", "torch.arange(width) / 7")
+    base = nano(tmp_path / "base", tie=computed, returned=f"CausalLMOutput(logits=self.head(states * {used}))")
+    weights = load_file(base / "model.safetensors")
+    older = {"buffer": torch.full((16,), 9.0)} if used == "self.buffer" else {}
+    save_file(weights | older, base / "model.safetensors", metadata={"format": "pt"})
     model = resolve_model(str(base))
     loaded: Any = load_model(model, torch.float32, torch.device("cpu"), None, trust_remote_code=True)
     reference = type(loaded).__bases__[0](load_configuration(model, trust_remote_code=True))
-    reference.load_state_dict(load_file(base / "model.safetensors"))
+    reference.load_state_dict(weights)
     ids = torch.arange(12)[None]
     torch.testing.assert_close(loaded(input_ids=ids).logits, reference(ids).logits)
+
+
+@pytest.mark.parametrize("whose", ["self", "module"])
+def test_weights_that_were_read_are_not_drawn_anew_by_the_code(whose: str, tmp_path: Path) -> None:
+    """As by code for transformers 4, which transformers 5 has initialize modules with a mask that no file has, or with a weight that none needs to have."""
+    mask = 'self.register_buffer("mask", torch.ones(8, 8).tril(), persistent=False)\n        self.free = nn.Parameter(torch.ones(3))'
+    drawn = f"def _init_weights(self, module):\n        for weight in {whose}.parameters(): weight.data.fill_(7)"
+    base = nano(tmp_path / "base", tie=mask, methods=f'_keys_to_ignore_on_load_missing = ["free"]\n\n    {drawn}')
+    weights = load_file(base / "model.safetensors")
+    del weights["free"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    loaded = load_model(resolve_model(str(base)), torch.float32, torch.device("cpu"), None, trust_remote_code=True)
+    found = loaded.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    assert found["free"].tolist() == [7, 7, 7]
+
+
+TIES = {
+    "listed": (
+        "self.head.bias = nn.Parameter(torch.zeros(config.n_vocab)); self.bias = self.head.bias",
+        '["head.weight", "head.bias"]',
+    ),
+    "by a pattern": ("", '["^head"]'),
+    "of the code alone": ("self.tok.weight = self.head.weight", "None"),
+}
+
+
+@pytest.mark.parametrize("kind", TIES)
+def test_weights_that_the_code_ties_are_one_and_are_written_once(kind: str, tmp_path: Path) -> None:
+    """A configuration of transformers 4 ties the head to the embedding unless it says otherwise, and files hold one of the two."""
+    in_code, keys = TIES[kind]
+    base = nano(tmp_path / "base", tie=f"self._tied_weights_keys = {keys}\n        {in_code}")
+    stated = json.loads((base / "config.json").read_text())
+    del stated["tie_word_embeddings"]
+    (base / "config.json").write_text(json.dumps(stated))
+    weights = load_file(base / "model.safetensors")
+    for name in ("head.weight", "head.bias"):
+        weights.pop(name, None)
+    bias = {"bias": torch.arange(VOCABULARY) / 7} if kind == "listed" else {}
+    save_file(weights | bias, base / "model.safetensors", metadata={"format": "pt"})
+    loaded: Any = load_model(resolve_model(str(base)), torch.float32, torch.device("cpu"), None, trust_remote_code=True)
+    assert loaded.head.weight is loaded.tok.weight
+    assert torch.equal(loaded.head.weight, weights["tok.weight"])
+    if bias:
+        assert loaded.head.bias is loaded.bias
+        assert torch.equal(loaded.bias, bias["bias"])
+    loaded.save_pretrained(tmp_path / "written")
+    assert len(load_file(tmp_path / "written" / "model.safetensors")) == len(weights | bias)
+
+
+def test_what_the_code_keeps_in_a_dictionary_is_forgotten_after_a_pass_in_another_precision(tmp_path: Path) -> None:
+    kept = "self.masks = {}"
+    used = "CausalLMOutput(logits=self.head(states * self.masks.setdefault(states.shape[1], states.new_ones(1))))"
+    base = nano(tmp_path / "base", tie=kept, returned=used)
+    loaded = load_model(resolve_model(str(base)), torch.float32, torch.device("cpu"), None, trust_remote_code=True)
+    with torch.no_grad(), computing_in(loaded, torch.float64):
+        assert loaded(input_ids=torch.arange(5)[None]).logits.dtype == torch.float64
+    assert loaded(input_ids=torch.arange(5)[None]).logits.dtype == torch.float32
 
 
 def test_checkpointing_that_a_configuration_states_is_left_to_cora_and_read_by_the_code_each_time(tmp_path: Path) -> None:
