@@ -3,6 +3,7 @@
 import bz2
 import codecs
 import lzma
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,9 @@ _OTHER_KINDS = {
     b"PK\x03\x04": "a workbook of Excel or another zip archive: save the table as CSV, or unpack the archive",
 }
 """What a file is that begins so and is no text, with what helps."""
+_PIECE = 1 << 14
+"""Bytes that a compressed stream is given at once."""
+_PADDING = re.compile(rb"\0*")
 
 
 def text_of(path: Path) -> str:
@@ -51,13 +55,17 @@ def _expanded(begin: Callable[[], Any]) -> Callable[[bytes], bytes]:
     """
 
     def expand(data: bytes) -> bytes:
-        parts = []
-        while data:
+        parts, place = [], 0
+        while place < len(data):
             stream = begin()
-            parts.append(stream.decompress(data))
-            if not stream.eof:
-                raise EOFError("the file ends before the compressed data do")
-            data = stream.unused_data.lstrip(b"\0")
+            while not stream.eof:
+                # Each stream copies what it was given and did not need, and there may be one for every record.
+                if not (piece := data[place : place + _PIECE]):
+                    raise EOFError("the file ends before the compressed data do")
+                parts.append(stream.decompress(piece))
+                place += len(piece) - len(stream.unused_data)
+            padding = _PADDING.match(data, place)
+            place = padding.end() if padding else place
         return b"".join(parts)
 
     return expand

@@ -1,6 +1,7 @@
 """The weight matrices of a language model as its loaded layers have them, and what keeps some of them from being read."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,8 @@ def loaded_matrices(model: ModelPath, checkpoint: Checkpoint) -> Matrices:
     except CoraError:
         if is_known(model.config()):
             raise
-        faults = _faults_of_unknown(checkpoint)
+        transposed, unclear = _stored_across(checkpoint)
+        faults = _faults_of_unknown(checkpoint) | unclear
     else:
         others = other_modalities(skeleton.model)
         loaded = skeleton.loaded_names(stored).items()
@@ -117,6 +119,28 @@ def _faults(skeleton: Skeleton, checkpoint: Checkpoint, others: frozenset[str]) 
         elif module in next_to:
             found[module] = _next_to(module, next_to[module])
     return found
+
+
+def _stored_across(checkpoint: Checkpoint) -> tuple[frozenset[str], dict[str, str]]:
+    """The layers of an unknown model whose weights are (in, out), as those of GPT-2's code are, and what keeps square ones from being read.
+
+    The length of a bias is that of the outputs. Where all layers that are not square are so, square ones with a bias are so too.
+    """
+    biases = {key: checkpoint.shapes.get(f"{key.removesuffix('weight')}bias") for key in _matrices(checkpoint)}
+    biased = {
+        key.removesuffix(".weight"): checkpoint.shapes[key]
+        for key, bias in biases.items()
+        if re.search(r"\.\d+\.", key) and bias in [(size,) for size in checkpoint.shapes[key]]
+    }
+    lengths = {module: checkpoint.shapes[f"{module}.bias"] for module in biased}
+    across = {module for module, (rows, columns) in biased.items() if rows != columns and lengths[module] == (columns,)}
+    square = {module for module, (rows, columns) in biased.items() if rows == columns}
+    if not across:
+        return frozenset(), {}
+    if len(across | square) == len(biased):
+        return frozenset(across | square), {}
+    unclear = "is stored as (out, in) or as (in, out) is not known without the model's own code, which has layers of both kinds"
+    return frozenset(across), {module: f"whether {module} {unclear}" for module in square}
 
 
 def _faults_of_unknown(checkpoint: Checkpoint) -> dict[str, str]:

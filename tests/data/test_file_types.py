@@ -5,11 +5,13 @@ import gzip
 import json
 import lzma
 import os
+import random
+import zlib
 
 import pyarrow
 import pytest
 
-from cora_cli.data import readers
+from cora_cli.data import readers, texts
 from cora_cli.data.readers import read_located
 from cora_cli.data.split import Choice, load_records, load_split
 from cora_cli.errors import CoraError
@@ -100,6 +102,28 @@ def test_a_compressed_file_is_read_with_all_its_streams_and_refused_where_one_is
         path.write_bytes(damaged)
         with pytest.raises(CoraError, match=r"a\.jsonl\.\w+ cannot be decompressed"):
             load_records(str(path))
+
+
+def test_a_file_with_a_stream_for_every_record_is_handed_to_each_in_small_pieces():
+    given = []
+
+    class Counted:
+        def __init__(self):
+            self.own = zlib.decompressobj(wbits=31)
+
+        def decompress(self, data):
+            given.append(len(data))
+            return self.own.decompress(data)
+
+        eof, unused_data = (property(lambda self, name=name: getattr(self.own, name)) for name in ("eof", "unused_data"))
+
+    content = random.Random(0).randbytes(1 << 17)
+    compressed = b"".join(
+        gzip.compress(content[place : place + 64], 1) + b"\0" * (place % 3) for place in range(0, 1 << 17, 64)
+    )
+    assert texts._expanded(Counted)(compressed) == content
+    assert sum(given) < 200 * len(compressed)
+    assert texts.COMPRESSIONS[".gz"](gzip.compress(content)) == content
 
 
 def test_a_pipe_is_refused_with_what_would_work(tmp_path):

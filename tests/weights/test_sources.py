@@ -340,6 +340,28 @@ def test_gpt2_weights_are_read_as_out_by_in(tmp_path):
     assert torch.equal(source.read("transformer.h.0.attn.c_attn"), model.transformer.h[0].attn.c_attn.weight.T)
 
 
+def test_weights_of_an_unknown_model_whose_biases_are_as_long_as_their_columns_are_read_as_out_by_in(tmp_path):
+    """Code that comes with a model, as Jais', may be that of GPT-2."""
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16))
+    model.save_pretrained(tmp_path)
+    change_config(tmp_path, model_type="of-its-own")
+    source = open_source(local(tmp_path))
+    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_proj"):
+        assert torch.equal(
+            source.read(f"transformer.h.1.{name}"), model.transformer.h[1].get_submodule(name).weight.T.contiguous()
+        )
+    assert torch.equal(source.read("transformer.wte"), model.transformer.wte.weight)
+    change_tensors(
+        tmp_path, lambda found: {name: one.T.contiguous() if "h.1.mlp.c_fc.w" in name else one for name, one in found.items()}
+    )
+    source = open_source(local(tmp_path))
+    assert torch.equal(source.read("transformer.h.1.mlp.c_fc"), model.transformer.h[1].mlp.c_fc.weight.T.contiguous())
+    with pytest.raises(
+        CoraError, match=r"whether transformer\.h\.0\.attn\.c_proj is stored as \(out, in\) or as \(in, out\) is not known"
+    ):
+        source.targets(["attn.c_proj"])
+
+
 @pytest.mark.parametrize(
     "wrong", [{"n_head": 3}, {"activation_function": "foo"}, {"layer_norm_epsilon": "1e-5"}, {"n_layer": None}]
 )
