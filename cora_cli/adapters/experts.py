@@ -90,7 +90,8 @@ def of_all_experts(
         targets = sorted(others | {place["name"] for place in places.values()})
     if isinstance(targets, list):
         targets = [*targets, *sorted(added - {target.rpartition(".")[2] for target in targets})]
-    return {**config, "target_modules": targets}, plain
+    # PEFT refuses dropout for experts that are one parameter; it is for training alone.
+    return {**config, "target_modules": targets, "lora_dropout": 0.0}, plain
 
 
 def joined(wrapped: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

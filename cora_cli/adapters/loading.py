@@ -42,12 +42,13 @@ from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.fused import fused_views, split_projections
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.skeleton import of_text, without_numbers
+from cora_cli.models.skeleton import ONE_EXPERT, of_text, without_numbers
 from cora_cli.progress import say
 from cora_cli.scratch import temporary_directory
 
 _NEEDS_MORE = {"XLORA": "other adapters, which it mixes anew for each token", "POLY": "a task number with each prompt"}
 _MAGNITUDES = ".lora_magnitude_vector.weight"
+_MERGE_FIRST = "merge it with the transformers 4 that trained it"
 
 
 def load_adapter(
@@ -120,7 +121,7 @@ def load_adapter(
         if is_out_of_memory(error):
             raise
         adapter.require_unchanged()
-        foreign = misfit(adapter) if facts is None else None
+        foreign = misfit(adapter) or _not_joined(model, adapter) if facts is None else None
         raise CoraError(
             f"adapter {adapter.path} cannot be loaded: {foreign or _missing(error) or _other_shape(error) or reason(error)}"
         ) from error
@@ -322,17 +323,27 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
                 "; it is of the model without its head, as embedding models are, which PEFT does not load on one with a head"
             )
         if state is not single:
-            remedy = "merge it with the transformers 4 that trained it"
             if dense := [key for key in lost if key in single and module_of(key) in known]:
                 lost = [dense[0], *lost[1:]]
-                kind = f"is of a layer that is called as experts are, which PEFT leaves out next to those; {remedy}"
+                kind = f"is of a layer that is called as experts are, which PEFT leaves out next to those; {_MERGE_FIRST}"
             elif lost[0] not in expected and lost[0] not in single:
                 lost = [min(single.keys() - state.keys()), *lost[1:]]
-                kind = f"is of a single expert, which PEFT does not join with the others for {taken}; {remedy}"
+                kind = _of_one_expert(taken)
         raise CoraError(f"adapter {adapter.path}: {len(lost)} keys do not fit the model, the first, {lost[0]}, {kind}")
     for key in sorted(expected) if isinstance(wrapped.active_peft_config, LoraConfig) else ():
         if not torch.equal(factors[key], state[key].to(factors[key])):
             raise CoraError(f"adapter {adapter.path}: PEFT does not load {key} as it is stored")
+
+
+def _of_one_expert(taken: str) -> str:
+    return f"is of a single expert, which PEFT does not join with the others for {taken}; {_MERGE_FIRST}"
+
+
+def _not_joined(model: PreTrainedModel, adapter: ModelPath) -> str | None:
+    """Says that a tensor is of a single expert, which the model has no layer for; None where there is no such."""
+    known = {name for name, _ in model.named_modules()}
+    single = sorted(key for key in Checkpoint(adapter).shapes if ONE_EXPERT.search(key) and module_of(key) not in known)
+    return f"{single[0]} {_of_one_expert(type(model).__name__)}" if single else None
 
 
 def _repeated(state: Mapping[str, torch.Tensor]) -> set[str]:

@@ -242,7 +242,7 @@ def test_default_targets_that_a_family_lacks_are_refused_with_its_linear_layers(
         ({"use_rslora": True}, ""),
         ({"alpha_pattern": {r"layers\.1\..*": 16}}, ""),
         ({"rank_pattern": {r".*experts\.1\..*": 3}}, ""),
-        ({"layers_to_transform": [1]}, ""),
+        ({"layers_to_transform": [1], "lora_dropout": 0.05}, ""),
         ({"target_modules": r".*\.experts\.\d+\.\w+"}, ""),
         ({}, r"^1\."),
         ({}, "gate"),
@@ -323,8 +323,19 @@ def test_adapters_of_single_experts_change_the_experts_that_transformers_fuses(
             None,
             r"experts\.0\.down_proj\.lora_A\.weight, is of a single expert, which PEFT does not join with the others for Qwen2Moe",
         ),
+        (
+            "phimoe",
+            False,
+            None,
+            r"experts\.0\.down_proj\.lora_A\.weight is of a single expert, which PEFT does not join with the others for Phimoe",
+        ),
     ],
-    ids=["a factor is lost", "a dense layer of the same name", "a family that PEFT passes over"],
+    ids=[
+        "a factor is lost",
+        "a dense layer of the same name",
+        "a family that PEFT passes over",
+        "a family without such targets",
+    ],
 )
 def test_adapters_of_single_experts_that_peft_loads_in_part_are_refused(
     model_type: str, dense: bool, lost: str | None, said: str, tmp_path: Path
