@@ -1,13 +1,16 @@
 """The thoughts of an answer, as the families of models mark them: some by text, others by special tokens, which decoding would leave out."""
 
+import re
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
 _BEGIN = ("<think>", "[THINK]", "<seed:think>", "<|channel>", "<|START_THINKING|>", "<|channel|>analysis<|message|>")
 _END = ("</think>", "[/THINK]", "</seed:think>", "<channel|>", "<|END_THINKING|>", "<|channel|>final<|message|>")
+_ENDED = re.compile("|".join(map(re.escape, _END)))
 _BETWEEN = "<|end|><|start|>"
 """What gpt-oss writes between its thoughts and what it says."""
+_QUOTES = ("'", '"', "`")
 
 
 def has_thoughts(answer: str, reference: str = "") -> bool:
@@ -18,16 +21,25 @@ def has_thoughts(answer: str, reference: str = "") -> bool:
 def without_thoughts(answer: str) -> str:
     """An answer without the thoughts before it; thoughts that never end leave nothing.
 
-    Where the prompt has begun them, only their end is there. A mark in a program, behind a quotation mark or within a fence, is text.
+    Where the prompt has begun them, only their end is there. A mark in a program, between quotation marks or within a fence, is text.
     """
-    ends = sorted((place, mark) for mark in _END if (place := answer.find(mark)) >= 0)
-    if answer.lstrip().startswith(_BEGIN):
-        return answer[ends[0][0] + len(ends[0][1]) :] if ends else ""
-    for place, mark in ends[:1]:
-        before = answer[:place]
-        if not (before.endswith(("'", '"', "`")) or before.count("```") % 2 or any(begin in before for begin in _BEGIN)):
-            return answer[place + len(mark) :]
-    return answer
+    begins = answer.lstrip().startswith(_BEGIN)
+    for found in _ENDED.finditer(answer):
+        before, rest = answer[: found.start()], answer[found.end() :]
+        if not begins and any(begin in before for begin in _BEGIN):
+            return answer
+        if (begins or not _is_quoted(before, rest)) and not rest.lstrip().startswith(_BEGIN):
+            return rest
+        begins = rest.lstrip().startswith(_BEGIN)
+    return "" if begins else answer
+
+
+def _is_quoted(before: str, behind: str) -> bool:
+    """Whether what stands between two texts is within a fence, or in a line between quotation marks that it follows directly."""
+    if before.count("```") % 2 and behind.count("```") % 2:
+        return True
+    quote, begun, ended = before[-1:], before.rpartition("\n")[2], behind.partition("\n")[0]
+    return quote in _QUOTES and quote in ended and len(re.findall(rf"(?<!\w){quote}|{quote}(?!\w)", begun)) % 2 == 1
 
 
 @lru_cache(maxsize=4)

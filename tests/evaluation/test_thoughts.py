@@ -7,7 +7,7 @@ from cora_cli import embedded
 from cora_cli.evaluation.execution.problems import Problem
 from cora_cli.evaluation.generate import Request, _answer
 from cora_cli.evaluation.shortcomings import count_shortcomings
-from cora_cli.evaluation.thoughts import thought_tokens
+from cora_cli.evaluation.thoughts import thought_tokens, without_thoughts
 
 HARMONY = ("<|start|>", "<|end|>", "<|channel|>", "<|message|>")
 SAID = "<|channel|>final<|message|>"
@@ -33,3 +33,22 @@ def test_thoughts_between_special_tokens_keep_their_marks_and_are_counted(specia
     lines = [{"prediction": prediction, "reference": "3"} for prediction in (plain, answer)]
     assert count_shortcomings(lines) == {"thoughts": 1}
     assert Problem("", "", "").program(answer).strip() == "3"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("<think>a</think>\n<think>b</think>3", "3"),
+        ("<think>a</think>\n<think>b", ""),
+        ('it may be "yes"</think>{"score": 3}', '{"score": 3}'),
+        ("it's 'yes'</think>{'score': 3}", "{'score': 3}"),
+        ("`</think>` ends them</think>3", "3"),
+        ("```\nx = 1</think>```\nx = 3\n```", "```\nx = 3\n```"),
+        ('return text.split("</think>\\n")[1]', None),
+        ("```\nmark = '</think>'\n```", None),
+        ("```\n# </think> ends them\n```", None),
+        ("3 <think>b</think>", None),
+    ],
+)
+def test_thoughts_end_with_the_first_mark_that_is_no_part_of_a_program(answer: str, said: str | None) -> None:
+    assert without_thoughts(answer) == (answer if said is None else said)
