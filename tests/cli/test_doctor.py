@@ -52,7 +52,11 @@ def test_missing_packages_are_listed_with_the_command_that_installs_them(monkeyp
             "raise RuntimeError('operator torchvision::nms does not exist')",
             "the package torchvision cannot be imported (operator torchvision::nms does not exist); install",
         ),
-        ("torchao", "0.10.0", "", "a package is missing or does not fit the others (Found an incompatible version of torchao."),
+        pytest.param(
+            *("torchao", "0.10.0", ""),
+            "a package is missing or does not fit the others (Found an incompatible version of torchao.",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_package_that_breaks_the_others_is_found(name: str, version: str, code: str, said: str, tmp_path: Path) -> None:

@@ -204,10 +204,10 @@ GENERATES = {"generates": "GenerationMixin, ", "base": ", GenerationMixin"}
 @pytest.mark.parametrize(
     ("tied", "changes"),
     [
-        (False, {}),
+        pytest.param(False, {}, marks=pytest.mark.slow),
         (True, {}),
         (False, {"methods": OLD, "arguments": "input_ids, attention_mask=None"}),
-        (True, {**GENERATES, "arguments": "input_ids, **rest"}),
+        pytest.param(True, {**GENERATES, "arguments": "input_ids, **rest"}, marks=pytest.mark.slow),
         (False, {**GENERATES, "arguments": "input_ids, past_key_values=None, use_cache=None, **rest"}),
     ],
 )

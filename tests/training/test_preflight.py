@@ -148,7 +148,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("family", "batch"), [*((family, 8) for family in FAMILIES), ("lfm2", 1)])
+@pytest.mark.parametrize(
+    ("family", "batch"),
+    [
+        ("gpt2", 8),
+        ("qwen3_next", 8),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("mixtral", 8), ("lfm2", 8), ("lfm2", 1))),
+    ],
+)
 def test_the_peak_of_another_family_is_that_of_the_real_training(
     family: str, batch: int, tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -664,6 +671,7 @@ def test_an_end_of_a_turn_that_is_no_token_is_named(tiny_model: Path, tmp_path: 
         assert ("ends an answer with <|eot_id|>, which the tokenizer has no token for" in shown) == said
 
 
+@pytest.mark.slow
 def test_with_checkpointing_the_measured_row_is_the_one_whose_layers_keep_most(tiny_model: Path, tmp_path: Path) -> None:
     """A long row without labels to speak of keeps the inputs of 24 layers; a short one with many labels keeps fewer bytes."""
     model = without_weights(tiny_model, tmp_path / "deep")

@@ -65,14 +65,18 @@ def assert_same_run(output: Path, expected: Path) -> None:
     [
         pytest.param(("cora_cli.training.trainer.append_line", 2), {}, 0, id="before the first checkpoint"),
         pytest.param(("cora_cli.training.trainer.append_line", 7), {}, 4, id="in the middle of an epoch"),
-        pytest.param(("cora_cli.training.trainer.append_line", 14), {}, 12, id="in the second epoch"),
+        pytest.param(("cora_cli.training.trainer.append_line", 14), {}, 12, id="in the second epoch", marks=pytest.mark.slow),
         pytest.param(
-            ("cora_cli.training.trainer.append_line", 12), {"save_steps": 5}, 10, id="after a checkpoint between epochs"
+            ("cora_cli.training.trainer.append_line", 12),
+            {"save_steps": 5},
+            10,
+            id="after a checkpoint between epochs",
+            marks=pytest.mark.slow,
         ),
         pytest.param(("transformers.Trainer._save_optimizer_and_scheduler", 2), {}, 4, id="in a half-written checkpoint"),
-        pytest.param(("pathlib.Path.rename", 2), {}, 4, id="before a checkpoint gets its name"),
+        pytest.param(("pathlib.Path.rename", 2), {}, 4, id="before a checkpoint gets its name", marks=pytest.mark.slow),
         pytest.param(("shutil.rmtree", 2), {"keep_checkpoints": 1}, 8, id="while an old checkpoint is removed"),
-        pytest.param(("cora_cli.training.run._save_result", 1), {}, 14, id="after the last step"),
+        pytest.param(("cora_cli.training.run._save_result", 1), {}, 14, id="after the last step", marks=pytest.mark.slow),
         pytest.param(("cora_cli.adapters.storage.save_file", 1), {}, 14, id="while the adapter is written"),
     ],
 )
