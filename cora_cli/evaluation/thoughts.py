@@ -5,8 +5,19 @@ from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
-_BEGIN = ("<think>", "[THINK]", "<seed:think>", "<|channel>", "<|START_THINKING|>", "<|channel|>analysis<|message|>")
-_END = ("</think>", "[/THINK]", "</seed:think>", "<channel|>", "<|END_THINKING|>", "<|channel|>final<|message|>")
+_MARKS = {
+    "<think>": "</think>",
+    "[THINK]": "[/THINK]",
+    "<seed:think>": "</seed:think>",
+    "<thought>": "</thought>",  # EXAONE Deep
+    "◁think▷": "◁/think▷",  # Kimi
+    "<|channel>": "<channel|>",  # Gemma 4
+    "<|START_THINKING|>": "<|END_THINKING|>",  # Command A
+    "<|begin_of_thought|>": "<|end_of_thought|>",  # Sky-T1
+    "<|inner_prefix|>": "<|inner_suffix|>",  # Apertus
+    "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",  # gpt-oss
+}
+_BEGIN, _END = tuple(_MARKS), tuple(_MARKS.values())
 _ENDED = re.compile("|".join(map(re.escape, _END)))
 _BETWEEN = "<|end|><|start|>"
 """What gpt-oss writes between its thoughts and what it says."""

@@ -43,16 +43,21 @@ FAILURES_IN_A_ROW = 10
 """After so many calls without a reply the endpoint counts as down."""
 
 
+_OF_MESSAGE = re.compile(r"content[_ ](?:filter|policy|management)|context[_ ]length", re.IGNORECASE)
+"""How OpenAI, Azure and vLLM say that a message is too long, or is refused for what it says."""
+
+
 class Refused(Exception):
     """The endpoint refuses this request for a reason that waiting does not change."""
 
 
 class Unavailable(Exception):
-    """No reply this time. `after` is how long the server asks to wait, `paid` whether it may have computed one."""
+    """No reply this time. `after` is how long the server asks to wait, `paid` whether it may have computed one, and `to_message` that the server gives
+    none to this message, but may to others."""
 
-    def __init__(self, reason: str, paid: bool, after: float | None = None) -> None:
+    def __init__(self, reason: str, paid: bool, after: float | None = None, to_message: bool = False) -> None:
         super().__init__(reason)
-        self.paid, self.after = paid, after
+        self.paid, self.after, self.to_message = paid, after, to_message
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -200,6 +205,8 @@ class Endpoint:
         status = f"status {error.code}" + (f": {detail}" if detail else "") + (self._proxy if error.code == 407 else "")
         if 300 <= error.code < 400 and (place := error.headers.get("Location")):
             return Refused(f"status {error.code}: it leads to {self._without_key(place)[:200]}, and no redirect is followed")
+        if error.code in (400, 413, 422) and _OF_MESSAGE.search(detail):
+            return Unavailable(status, paid=False, to_message=True)
         if error.code not in (408, 409, 425, 429) and error.code < 500:
             return Refused(status)
         after = retry_after(error.headers.get("Retry-After"))
@@ -288,6 +295,8 @@ class _Traffic:
         if not isinstance(outcome, Unavailable):
             self._stop(_fatal(outcome))
             return None
+        if outcome.to_message:
+            return NoReply(str(outcome), outcome.paid, last=True)
         last = tries >= self._config.retries
         self._failed_in_a_row += last
         if self._failed_in_a_row >= FAILURES_IN_A_ROW:

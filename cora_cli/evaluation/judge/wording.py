@@ -15,7 +15,7 @@ from cora_cli.reading import Malformed, parse_json
 
 _CONTROL = re.compile(
     r"<(?=\|[^|\s<>]{1,40}\|?>|[^|\s<>]{1,40}\|>|｜[^｜<>]{1,40}｜>|/?s>|(?:start|end)_of_(?:turn|utterance)>|(?:bos|eos|pad|unk|sep|cls|sop|eop)>"
-    r"|/?think>|/?tool_(?:call|response)s?>|seed:\w+>)"
+    r"|/?(?:think|thought)>|/?tool_(?:call|response)s?>|seed:\w+>)"
     r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|CALL_ID|ARGS|THINK|MODEL_SETTINGS|gMASK)\]|\|[^|\s\[\]]{1,40}\|\])"
 )
 """The first character of what servers of open models take for their own control tokens, also inside a message."""

@@ -127,6 +127,9 @@ def _handler(state: Server) -> type[http.server.BaseHTTPRequestHandler]:
                 status, _, wait = fault.partition(" ")
                 self.send(int(status), b'{"error": "planted"}', {"Retry-After": wait} if wait else {})
                 return
+            if fault == "filtered":
+                self.send(400, b'{"error": {"code": "content_filter", "message": "The prompt was filtered."}}', {})
+                return
             if fault == "hang up":
                 self.close_connection = True
                 self.connection.close()

@@ -184,6 +184,15 @@ def test_a_refusal_ends_the_command_with_its_reason_and_keeps_what_was_judged(tm
     assert not (tmp_path / "out" / "judge.json").exists()
 
 
+def test_a_message_that_is_refused_for_what_it_says_is_a_failure_and_the_others_are_judged(tmp_path, answers) -> None:
+    with serving(fault=lambda n: "filtered" if n == 2 else None) as server:
+        record, out = judge(judge_of(server, answers, tmp_path / "out", concurrency=1, tries=1, rubric=("paper",)))
+    failed = [line for line in read_jsonl(out.judgments) if line["outcome"] not in ("judged", "malformed")]
+    assert len(failed) == 1
+    assert "content_filter" in json.dumps(failed)
+    assert sum(record["rubrics"]["paper"]["failed"].values()) == 1
+
+
 def test_an_endpoint_that_is_down_is_given_up(tmp_path, answers, monkeypatch) -> None:
     monkeypatch.setattr(endpoint, "FAILURES_IN_A_ROW", 3)
     with serving() as server:
