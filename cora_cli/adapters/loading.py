@@ -207,8 +207,7 @@ def _cut(wrapped: PeftModel, rank: int, plan: AdapterPlan) -> None:
 
 def _stored_tensors(adapter: ModelPath) -> dict[str, torch.Tensor]:
     """The tensors of an adapter's files. Raises `CoraError` as `Checkpoint` does, and if it has none; PEFT would look for them on the hub."""
-    checkpoint = Checkpoint(adapter)
-    tensors = {key: checkpoint.read(key) for key in checkpoint.shapes}
+    tensors = Checkpoint(adapter).read_all()
     # PEFT takes DoRA's magnitudes under both names, and gives them the short one.
     return {key.removesuffix(".weight") if key.endswith(_MAGNITUDES) else key: tensor for key, tensor in tensors.items()}
 

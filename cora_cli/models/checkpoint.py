@@ -72,17 +72,29 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """A copy of tensor `name` in its stored type and shape."""
-        file, began = self.files[name], time.perf_counter()
+        return self._read(self.files[name], [name])[name]
+
+    def read_all(self) -> dict[str, torch.Tensor]:
+        """A copy of every tensor, as `read` gives it; each file is opened once, since its list of tensors takes long where there are thousands."""
+        names: dict[Path, list[str]] = {}
+        for name, file in self.files.items():
+            names.setdefault(file, []).append(name)
+        found = {name: tensor for file, own in names.items() for name, tensor in self._read(file, own).items()}
+        return {name: found[name] for name in self.shapes}
+
+    def _read(self, file: Path, names: list[str]) -> dict[str, torch.Tensor]:
+        began = time.perf_counter()
         with _read_errors(file):
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
-                    tensor = opened.get_tensor(name).clone()
+                    tensors = {name: opened.get_tensor(name).clone() for name in names}
             else:
-                tensor = load_pickle(file)[name].detach().clone()  # a file may hold parameters
+                loaded = load_pickle(file)
+                tensors = {name: loaded[name].detach().clone() for name in names}  # a file may hold parameters
         self._model.require_unchanged_file(file)
         self.seconds_reading += time.perf_counter() - began
-        self.bytes_read += tensor.nbytes
-        return tensor
+        self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
+        return tensors
 
 
 def check_type(kind: str, reference: str, name: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cora_cli.errors import CoraError
+from cora_cli.models import checkpoint
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.loading import load_configuration, load_model
 from cora_cli.models.references import resolve_model
@@ -51,6 +52,20 @@ def test_every_layout_lists_and_reads_the_same_tensors(layouts, layout):
     for name in checkpoint.shapes:
         assert torch.equal(checkpoint.read(name), expected[name])
     assert checkpoint.bytes_read == sum(value.nbytes for value in expected.values())
+    again = Checkpoint(local(layouts[layout]))
+    found = again.read_all()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert again.bytes_read == checkpoint.bytes_read
+
+
+@pytest.mark.parametrize(("layout", "loader"), [("single", "safe_open"), ("bin", "load_pickle")])
+def test_all_tensors_of_a_file_are_read_while_it_is_opened_once(layouts, layout, loader, monkeypatch):
+    found, opened = Checkpoint(local(layouts[layout])), []
+    own = getattr(checkpoint, loader)
+    monkeypatch.setattr(checkpoint, loader, lambda *args, **named: (opened.append(args), own(*args, **named))[1])
+    assert len(found.read_all()) > 10
+    assert len(opened) == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see what is mapped")
