@@ -212,15 +212,13 @@ def listed_ties() -> Iterator[None]:
         every = dict(self.named_parameters(remove_duplicate=False))
         first = {id(weight): name for name, weight in reversed(every.items())}
         same = {name: first[id(weight)] for name, weight in every.items() if name != first[id(weight)]}
-        if isinstance(stated := self._tied_weights_keys, list | tuple | set):
-            stated = _of_embedding(self, every, [re.compile(str(pattern)) for pattern in stated])
+        if not isinstance(stated := self._tied_weights_keys, dict):
+            stated = _of_embedding(self, every, [re.compile(str(pattern)) for pattern in stated or _own_head(self)])
             if stated and getattr(self.config, "tie_word_embeddings", None) is None:
-                self.config.tie_word_embeddings = (
-                    True  # as of every configuration of transformers 4 that does not say otherwise
-                )
-            self._tied_weights_keys = stated
-        if same:
-            self._tied_weights_keys = same | (stated or {})
+                # As of every configuration of transformers 4 that does not say otherwise.
+                self.config.tie_word_embeddings = True
+        if same or stated or self._tied_weights_keys is not None:
+            self._tied_weights_keys = same | stated
         found = before(self, all_submodels)
         return same | found
 
@@ -229,6 +227,13 @@ def listed_ties() -> Iterator[None]:
         yield
     finally:
         place.get_expanded_tied_weights_keys = before
+
+
+def _own_head(model: Any) -> list[str]:
+    """The weight of the head that the code itself tells: transformers 4 tied it, whether the code listed it or not."""
+    own = (kind for kind in type(model).__mro__ if not kind.__module__.startswith("transformers."))
+    head = model.get_output_embeddings() if any("get_output_embeddings" in vars(kind) for kind in own) else None
+    return [f"^{re.escape(name)}\\.weight$" for name, module in model.named_modules() if module is head]
 
 
 def _of_embedding(model: Any, every: Mapping[str, torch.Tensor], listed: list[re.Pattern[str]]) -> dict[str, str]:
