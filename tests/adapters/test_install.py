@@ -174,7 +174,7 @@ def test_the_forward_is_that_of_the_weights_plus_s_b_a(rslora, model, basis, tin
         for name, layer in lora_layers(wrapped):
             a, b = factors_of(layer)
             by_hand.get_submodule(name).weight += scaling * b.double() @ a.double()
-    assert torch.allclose(logits(wrapped).double(), logits(by_hand), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(logits(wrapped).double(), logits(by_hand), rtol=1e-4, atol=1e-4)
 
 
 def test_factors_are_float32_on_a_bfloat16_base(tiny_model, basis):

@@ -266,7 +266,7 @@ def test_auto_lets_as_many_steps_share_a_gpu_as_fit(
     ended = run(write_grid(tmp_path, tiny_model, tiny_data), "-o", tmp_path / "out", "--jobs-per-gpu", "auto")
     assert ended.exit_code == 0, ended.output
     assert (
-        "--jobs-per-gpu auto: 4, since the largest step needs about 0.8 GiB and each GPU has at least 6.5 GiB free"
+        "--jobs-per-gpu auto: 4, since the largest step needs about 0.7 GiB and each GPU has at least 6.5 GiB free"
         in ended.stderr
     )
     assert slots == [8]

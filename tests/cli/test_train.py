@@ -61,7 +61,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(usual: list[str], tmp_path
     result = cora_train(*usual, "--dry-run")
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("mode lora: training 2,560 of 3,210,048 parameters (0.08 %); the adapter takes ")
+    assert lines[0].startswith("mode lora: training 2,560 of 588,608 parameters (0.43 %); the adapter takes ")
     assert lines[1].startswith("2 steps of 4 examples: ")
     assert lines[3].startswith("peak memory on the processor, fp32, computed: ")
     # At its peak, the largest forward pass, there are no gradients yet.

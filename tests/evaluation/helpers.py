@@ -15,8 +15,9 @@ from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
+from tests.conftest import VOCABULARY
 
-UNUSED = 49151
+UNUSED = VOCABULARY - 1
 """A token that the tiny models do not choose."""
 CLEAR = 1e-3
 """A lead of the best logit over the second that no order of summation in float32 takes away."""
@@ -65,8 +66,8 @@ class Answers:
 def random_prompts(*lengths: int, shared: int = 0) -> list[list[int]]:
     """Prompts of these lengths; all begin with the same `shared` tokens, as far as they are longer."""
     generator = torch.Generator().manual_seed(sum(lengths) + shared)
-    beginning = torch.randint(3, 49000, (shared,), generator=generator).tolist()
-    rests = [torch.randint(3, 49000, (length,), generator=generator).tolist() for length in lengths]
+    beginning = torch.randint(3, VOCABULARY - 100, (shared,), generator=generator).tolist()
+    rests = [torch.randint(3, VOCABULARY - 100, (length,), generator=generator).tolist() for length in lengths]
     return [[*beginning, *rest][:length] if shared < length else rest for rest, length in zip(rests, lengths, strict=True)]
 
 

@@ -29,6 +29,7 @@ from cora_cli.reporting.report import report
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.laplace import laplace
 from cora_cli.training.run import train
+from tests.conftest import VOCABULARY
 from tests.evaluation.helpers import unsealed
 
 from .families import COMMON, EXPERTS
@@ -160,7 +161,7 @@ def test_generation_takes_the_most_likely_token_of_the_averaged_draws(fitted: Pa
     adapter = resolve_model(str(fitted))
     mixed = mixture(drawn_models(loaded(fitted, tiny_model), adapter, 3))
     prompt = [5, 9, 100, 7]
-    [answer] = BatchedGenerate(mixed, [49151], 49151, 1, 4).answer([prompt], lambda: None)
+    [answer] = BatchedGenerate(mixed, [VOCABULARY - 1], VOCABULARY - 1, 1, 4).answer([prompt], lambda: None)
     draws = drawn_models(loaded(fitted, tiny_model), adapter, 3)
     for place, token in enumerate(answer):
         ids = torch.tensor([prompt + answer[:place]])
