@@ -144,10 +144,11 @@ def test_a_launcher_s_numbers_are_numbers(name: str, value: str, monkeypatch: py
         ),
         ("TQDM_MININTERVAL", "often", "the environment variable TQDM_MININTERVAL is 'often', which a library cannot use"),
         ("PYTHONOPTIMIZE", "2", "unset the environment variable PYTHONOPTIMIZE"),
-        (
+        pytest.param(
             "TORCHINDUCTOR_CACHE_DIR",
             "/proc/nowhere",
             "/proc/nowhere cannot be used: No such file or directory; the environment variable TORCHINDUCTOR_CACHE_DIR names that place",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -144,7 +144,7 @@ def test_intervals_of_few_skewed_pairs_cover_the_true_difference(n):
     assert sum(found.p_value < 0.05 for found in draws) / len(draws) < 0.065
 
 
-@pytest.mark.parametrize("shape", [1.0, 2.0, 6.0])
+@pytest.mark.parametrize("shape", [1.0, *(pytest.param(shape, marks=pytest.mark.slow) for shape in (2.0, 6.0))])
 def test_the_paired_test_of_twenty_skewed_differences_keeps_its_level(shape):
     """Gamma differences of skewness 2, 1.4 and 0.8: the percentile bootstrap rejects 7 to 10 % of true hypotheses."""
     count = 1000

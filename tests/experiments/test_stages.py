@@ -87,7 +87,7 @@ def test_only_undecided_methods_get_another_seed(tmp_path: Path) -> None:
     assert [seed for mode, seed in confirmed if mode == "dora"] == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("after", [5, 11, *(pytest.param(place, marks=pytest.mark.slow) for place in (1, 3, 7, 9, 13, 15))])
+@pytest.mark.parametrize("after", [11, *(pytest.param(place, marks=pytest.mark.slow) for place in (1, 3, 5, 7, 9, 13, 15))])
 def test_a_grid_that_is_cut_off_goes_on_where_it_was(after: int, tmp_path: Path) -> None:
     uncut = SweepLauncher(distance)
     run_staged(staged_grid(), tmp_path / "uncut", uncut)

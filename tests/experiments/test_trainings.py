@@ -62,6 +62,7 @@ def shown(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
+@pytest.mark.slow
 def test_every_row_has_the_peak_of_its_own_dry_run(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     """A basis that is not extracted yet takes what a random B takes."""
     blocks: list[dict[str, Any]] = [
@@ -84,11 +85,12 @@ def test_every_row_has_the_peak_of_its_own_dry_run(tiny_model: Path, tiny_data: 
     ("blocks", "changes", "seeds"),
     [
         ([{"mode": "lora", "seed": [1, 2]}], {}, (1, 2)),
-        ([{"mode": "lora", "seed": 1, "ensemble": 2}], {}, (1, 1001)),
-        (
+        pytest.param([{"mode": "lora", "seed": 1, "ensemble": 2}], {}, (1, 1001), marks=pytest.mark.slow),
+        pytest.param(
             [{"mode": "lora", "learning_rate": [1e-4, 1e-3]}],
             {"sweep": {"seeds": [1]}, "confirm": {"seeds": [3, 4, 5]}},
             (1, 3, 4, 5),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["rows", "members of an ensemble", "runs that confirm a sweep"],
@@ -195,7 +197,7 @@ def test_a_plan_for_a_gpu_says_how_many_trainings_fit_each_card(tiny_model: Path
     )
 
 
-@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("staged", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_plan_for_a_gpu_that_is_not_here_has_no_time(staged: bool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("the plan is for the GPU that is here")

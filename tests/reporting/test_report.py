@@ -396,6 +396,7 @@ def test_several_grids_stand_one_after_the_other(made_grid, paper_grid):
     assert text.index("A tiny grid") < text.index("Ranks <script>")
 
 
+@pytest.mark.slow
 def test_grids_of_one_name_are_told_apart_by_their_directories(made_grid, tmp_path):
     other = make_grid(tmp_path / "other", [Made("fb", "fb"), Made("lora", "lora")], prompts=6)
     report([str(made_grid), str(other)], output_dir=tmp_path / "out")
@@ -449,6 +450,7 @@ def test_methods_of_about_one_size_share_a_mark_in_their_middle():
     assert groups == [(1, 31, 31), (4, 1000, 1100)]
 
 
+@pytest.mark.slow
 def test_a_plot_of_many_methods_is_cut_and_says_so(made_grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("forest", "plots"):
         monkeypatch.setattr(f"cora_cli.reporting.{module}.MOST_SHOWN", 2)

@@ -34,7 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 """Methods that act in a step, or whose start is computed from data."""
 # What a checkpoint has to hold beyond the trained tensors: shared factors, a start from models, a form that is no LoRA.
-QUICK = ("sharelora-b", "hira")
+QUICK = ("sharelora-b",)
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:

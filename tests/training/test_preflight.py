@@ -195,7 +195,7 @@ def test_the_peak_is_that_of_the_real_training(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("mode", ["lora-one", "eva"])
+@pytest.mark.parametrize("mode", ["lora-one", pytest.param("eva", marks=pytest.mark.slow)])
 def test_a_start_from_data_that_takes_more_than_a_step_is_the_peak(
     mode: Mode, checkpointing: bool, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -232,6 +232,7 @@ def test_a_plan_of_eva_says_that_the_run_shares_out_the_ranks_that_it_counts_ali
     assert shown[1].startswith("  with rank 4 in every layer: the run shares out the ranks") == says
 
 
+@pytest.mark.slow
 def test_a_plan_in_bf16_multiplies_blocks_as_the_run_does(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +278,7 @@ def test_a_basis_is_planned_without_the_weights_that_it_came_from(
         preflight(config_for(model, tiny_data, tmp_path / "run", mode="fb", basis=str(tiny_basis), rank=9))
 
 
+@pytest.mark.slow
 def test_a_plan_for_a_gpu_counts_no_copy_of_the_scores(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     usual = config_for(tiny_model, tiny_data, tmp_path / "run", device="auto", dtype="auto")
     if torch.cuda.is_available():
