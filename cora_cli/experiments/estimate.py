@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices, Share
 from cora_cli.evaluation.config import DEFAULT_DRAWS
 from cora_cli.evaluation.judge.config import JudgeConfig
-from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts, data_key
+from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts, data_key, split_settings
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.steps import Plan, Step
 from cora_cli.experiments.values import Values
@@ -125,14 +125,16 @@ def _estimates(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimate]:
         return {}
     found: dict[str, Estimate] = {}
     for row in plan.grid.rows:
-        data = inputs.datasets.get(data_key(plan.grid.datasets[row.dataset], plan.grid.train)) if row.dataset else None
+        split = split_settings(plan.grid, row)
+        data = inputs.datasets.get(data_key(plan.grid.datasets[row.dataset], split)) if row.dataset else None
         for name in plan.steps_of[row.name]:
             if name not in found and (estimate := _of_row(plan, model, data, row, plan.steps[name], rate)) is not None:
                 found[name] = estimate
     for dataset, reference in plan.grid.datasets.items():
         judging = plan.steps.get(f"judge-{dataset}")
         if judging is not None and all(need in found for need in judging.needs):
-            data = inputs.datasets[data_key(reference, plan.grid.train)]
+            row = next(row for row in plan.grid.rows if row.dataset == dataset)
+            data = inputs.datasets[data_key(reference, split_settings(plan.grid, row))]
             found[judging.name] = _judging(model, data, plan, judging, rate)
     for name, settings in plan.grid.models.items():
         steps = [step for step in plan.steps.values() if step.name.rpartition("-")[0] == f"model-{name}"]

@@ -20,7 +20,7 @@ from cora_cli.data.templates import reads_clock
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.generate import end_tokens
 from cora_cli.experiments.grid import Grid
-from cora_cli.experiments.rows import SPLIT_KEYS
+from cora_cli.experiments.rows import SPLIT_KEYS, Row
 from cora_cli.experiments.values import Values
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.model_path import ModelPath
@@ -33,6 +33,7 @@ from cora_cli.weights.matrices import loaded_matrices
 from cora_cli.weights.planned import PlannedSource
 
 _HUB_SECONDS = 10.0
+_EVERY_ANSWER = "train_on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +112,25 @@ def references(grid: Grid) -> tuple[list[str], dict[str, tuple[str, Values]]]:
     """References of all models that the grid needs, and its data sets by key, each with the settings of its split."""
     settings = [grid.models[name] for name in used_sources(grid)]
     models = [grid.model, *(value for value in settings if isinstance(value, str))]
-    splits = [(grid.datasets[row.dataset], grid.train) for row in grid.rows if row.dataset]
+    splits = [(grid.datasets[row.dataset], split_settings(grid, row)) for row in grid.rows if row.dataset]
     splits += [(value["dataset"], value) for value in settings if not isinstance(value, str)]
     return list(dict.fromkeys(models)), {data_key(reference, values): (reference, values) for reference, values in splits}
 
 
+def split_settings(grid: Grid, row: Row) -> Values:
+    """What determines the split of a row's data: the settings of the file, and whether the row trains on every answer."""
+    return grid.train | {name: value for name, value in (row.train or {}).items() if name == _EVERY_ANSWER}
+
+
 def data_key(reference: str, settings: Values) -> str:
     """Key of a data set and its split. Rows and source models may split the same data set differently."""
-    return " ".join([reference, *(f"{name}={settings[name]}" for name in SPLIT_KEYS if name in settings)])
+    own = [f"{name}={settings[name]}" for name in SPLIT_KEYS if name in settings]
+    return " ".join([reference, *own, *([f"{_EVERY_ANSWER}=all"] if _every_answer(settings) else [])])
+
+
+def _every_answer(settings: Values) -> bool:
+    """Whether training records are dropped where any answer of theirs is to a held-out prompt."""
+    return settings.get(_EVERY_ANSWER) == "all"
 
 
 def require_on_hub(grid: Grid) -> None:
@@ -174,6 +186,7 @@ def find_inputs(grid: Grid, memory: Path | None, weights: bool = True) -> Inputs
                 settings.get("validation_size"),
                 choice=Choice(settings.get("columns"), settings.get("subset"), settings.get("split")),
                 test_dataset=settings.get("test_dataset"),
+                every_answer=_every_answer(settings),
             )
             found_data[key] = _data_facts(reference, split)
         except CoraError as error:

@@ -220,7 +220,7 @@ class _Planner:
 
         A run that an earlier version of cora began on another day keeps that date.
         """
-        if config.template_date or not self._writes_date(data_key(config.dataset, settings), config.template):
+        if config.template_date or not self._writes_date(_key_of_data(config, settings), config.template):
             return config
         return dataclasses.replace(config, template_date=date_of_run(RunDirectory(Path(config.output_dir))) or self._date)
 
@@ -230,7 +230,7 @@ class _Planner:
         Several processes together have larger batches, so their number is one of the facts.
         """
         processes = self._grid.resources[kind].processes
-        data = self._data_hash(data_key(config.dataset, settings))
+        data = self._data_hash(_key_of_data(config, settings))
         hashes = {"model": self._model_hash(self._grid.model), "dataset": data}
         adapter = config.adapter_plan()
         read = method_of(config.mode).inputs(adapter) if adapter is not None else {}
@@ -394,6 +394,11 @@ class _Planner:
         facts = {**settings, "rubrics": rubrics, "answers": answers}
         argv = words("judge", config)
         self._add(Step(f"judge-{dataset}", "judge", output, facts, tuple(evaluations), argv))
+
+
+def _key_of_data(config: TrainConfig, settings: Values) -> str:
+    """The key of the data of a training; see `_Planner._training_facts` for `settings`."""
+    return data_key(config.dataset, {**settings, "train_on": config.train_on})
 
 
 @functools.cache

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,9 +12,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from cora_cli import rundir, writing
+from cora_cli.data.split import load_split
 from cora_cli.errors import CoraError
+from cora_cli.experiments.estimate import estimate_steps
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import find_inputs, require_on_hub
+from cora_cli.experiments.steps import make_plan
 from cora_cli.models.model_path import ModelPath
 from tests.conftest import VOCABULARY
 from tests.experiments.helpers import grid_of
@@ -37,6 +41,27 @@ def test_models_are_measured_and_data_are_split_for_each_use(grid: Grid, tiny_mo
     assert sorted(set(model.targets().values())) == [(32, 64), (64, 64)]
     assert sorted(len(data.test) for data in inputs.datasets.values()) == [4, 10]
     assert len({data.sha256 for data in inputs.datasets.values()}) == 2
+
+
+def test_the_data_of_a_training_on_every_answer_are_those_that_it_will_read(tiny_model: Path, tmp_path: Path) -> None:
+    """It leaves out conversations that begin with a held-out prompt, which others keep."""
+    hi = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    chats = [[*hi, {"role": "user", "content": f"count {n}"}, {"role": "assistant", "content": "1 2"}] for n in range(3)]
+    others = [[{"role": "user", "content": f"name {n}"}, {"role": "assistant", "content": "x"}] for n in range(4)]
+    for name, records in (("chat", [*chats, *others]), ("held", [hi])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in records))
+    data, held = str(tmp_path / "chat.jsonl"), str(tmp_path / "held.jsonl")
+    rows = [{"mode": "lora", "train_on": "all"}, {"mode": "full"}, {"mode": "base"}]
+    defaults = {"train": {"test_dataset": held}}
+    grid = grid_of(*rows, model=str(tiny_model), datasets={"data": data}, defaults=defaults)
+    inputs = find_inputs(grid, tmp_path / "hashes.json")
+    plan = make_plan(grid, tmp_path / "out", inputs, "cpu", "fp32")
+    found = {step.facts["mode"]: step.facts["dataset"] for step in plan.steps.values() if step.kind == "train"}
+    for mode, every in (("lora", True), ("full", False)):
+        split = load_split(data, None, 0, None, test_dataset=held, every_answer=every)
+        assert found[mode] == split.content_hash()
+        assert len(split.train) == (4 if every else 7)
+    assert estimate_steps(plan, inputs, 1e9).keys() >= {step.name for step in plan.steps.values() if step.kind == "train"}
 
 
 def test_weights_are_hashed_once_while_their_files_are_unchanged(
