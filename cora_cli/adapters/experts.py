@@ -59,7 +59,9 @@ def of_all_experts(
     PEFT joins all experts of a layer or none, gate with up, and names the result as if down were adapted too. Patterns of target modules are
     replaced by names, since PEFT compares them with experts that have no numbers. Raises `CoraError` for A without B, or B without A.
     """
-    places = {key: place for key in stored if (place := _PLACE.fullmatch(key))}
+    known = {f"{PREFIX}{name}" for name, _ in model.named_modules()}
+    # A model's own code may keep its experts apart.
+    places = {key: place for key in stored if (place := _PLACE.fullmatch(key)) and key.rpartition(".lora_")[0] not in known}
     if not places:
         return config, stored
     count = max(

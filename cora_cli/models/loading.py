@@ -134,8 +134,10 @@ def load_model(
             "omit --load-in-4bit, or use a CUDA GPU" if four_bit else f"use a CUDA GPU, or {PLAIN_COPY}",
         )
     require_causal(loaded, model.reference)
+    unread: list[str] = []
     if has_own_code(loaded):
-        restore_buffers(loaded, options["config"], {name for name, _ in Skeleton(loaded).names(checkpoint.shapes).values()})
+        stored = {name for name, _ in Skeleton(loaded).names(checkpoint.shapes).values()}
+        unread = restore_buffers(loaded, options["config"], stored)
     complete_class(loaded, model.path)
     keep_scales(loaded)
     if model.config().get(RESCALED) and "mamba" in loaded.config.model_type:
@@ -143,7 +145,7 @@ def load_model(
             f"{model.reference}: its weights are used as they are stored; transformers by itself divides those of out_proj as it loads them, because "
             f"config.json sets {RESCALED}: set that to false for what else uses the model"
         )
-    _check_complete(model, checkpoint, loaded, report, quantized)
+    _check_complete(model, checkpoint, loaded, {**report, "missing_keys": {*report["missing_keys"], *unread}}, quantized)
     # Others have their scales apart; so have torchao's tensors, whatever type they show.
     plain = {
         name: weight.detach()

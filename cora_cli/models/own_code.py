@@ -103,22 +103,31 @@ def _completed_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def restore_buffers(model: Any, config: Any, stored: Collection[str]) -> None:
-    """Give a loaded model with code of its own the buffers, and other tensors of its modules, that its class computes, but for those that files hold.
+def restore_buffers(model: Any, config: Any, stored: Collection[str]) -> list[str]:
+    """Give a loaded model with code of its own the buffers, and other tensors of its modules that are not trained, that its class computes, but for
+    those that files hold.
 
     transformers creates models without numbers; its own classes compute such tensors again, and those of other code, such as the frequencies of
     rotary embeddings, would be whatever the memory held. `config` is that which the model was created from, `stored` are the names of the tensors from
-    files.
+    files. Returns the names of trained parameters that no file holds: such code may tell transformers to miss none, and then they are random.
     """
     # An older file may hold one that the code keeps out of files by now; transformers reads no such tensor.
-    unread = {name for name, _ in model.named_non_persistent_buffers(remove_duplicate=False)}
-    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False) if name in unread or name not in stored]
+    unstored = {name for name, _ in model.named_non_persistent_buffers(remove_duplicate=False)}
+    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False) if name in unstored or name not in stored]
     others = [
         (place, name) for place, module in model.named_modules() for name, value in _own_state(module) if _holds_meta(value)
     ]
-    if not (buffers or others):
-        return
+    unread = _unread(model, stored)
+    if not (buffers or others or unread):
+        return []
     made = _constructed(type(model), config, model.dtype)
+    if missing := [name for name in unread if made.get_parameter(name).requires_grad]:
+        return missing
+    if unread:
+        made = _constructed(type(model), config, model.dtype, with_weights=True)
+        for name, weight in unread.items():
+            weight.data = made.get_parameter(name).data.to(model.device)
+            weight.requires_grad_(False)
     computed = dict(made.named_buffers(remove_duplicate=False))
     for name in buffers:
         if name in computed:
@@ -127,6 +136,7 @@ def restore_buffers(model: Any, config: Any, stored: Collection[str]) -> None:
     for place, name in others:
         module = model.get_submodule(place)
         setattr(module, name, _filled(getattr(module, name), getattr(made.get_submodule(place), name), model.device))
+    return []
 
 
 def containers(module: torch.nn.Module) -> Iterator[dict[Any, Any] | list[Any]]:
@@ -182,11 +192,11 @@ def _filled(value: Any, made: Any, device: torch.device) -> Any:
     return value
 
 
-def _constructed(kind: Any, config: Any, dtype: torch.dtype) -> Any:
-    """A model of the class `kind` as its code makes it, whose parameters have no numbers, unless the code computes with them."""
+def _constructed(kind: Any, config: Any, dtype: torch.dtype, with_weights: bool = False) -> Any:
+    """A model of the class `kind` as its code makes it, whose parameters have no numbers, unless they are needed or the code computes with them."""
     with listed_ties():
         try:
-            with init_empty_weights(include_buffers=False):
+            with contextlib.nullcontext() if with_weights else init_empty_weights(include_buffers=False):
                 return kind._from_config(copy.deepcopy(config), dtype=dtype)
         except RuntimeError:  # torch's for numbers that a parameter without any cannot give
             return kind._from_config(copy.deepcopy(config), dtype=dtype)
@@ -251,30 +261,27 @@ def kept_as_read() -> Iterator[None]:
     """Have models with code of their own loaded without a weight that was read being drawn anew.
 
     transformers has the code initialize each module that holds a tensor that no file has, such as a mask, and code for transformers 4 then
-    overwrites the weights of that module, and of those within it, in place.
+    overwrites the weights of that module, and of those within it, in place. What no file has is that of `restore_buffers`.
     """
     place: Any = PreTrainedModel
-    before = place._initialize_weights
+    before = place.initialize_weights
 
-    def initialize(self: Any, module: torch.nn.Module, is_custom_code: bool = False) -> None:
-        if not is_custom_code:
-            before(self, module, is_custom_code)
-        elif not all(map(_is_read, module.parameters(recurse=False))):
-            read = [(weight, weight.data.clone()) for weight in module.parameters() if _is_read(weight)]
-            before(self, module, is_custom_code)
-            for weight, data in read:
-                weight.data.copy_(data)
+    def initialize(self: Any) -> None:
+        if not self.is_custom_code():
+            before(self)
 
-    place._initialize_weights = initialize
+    place.initialize_weights = initialize
     try:
         yield
     finally:
-        place._initialize_weights = before
+        place.initialize_weights = before
 
 
-def _is_read(weight: torch.nn.Parameter) -> bool:
-    """Whether transformers has read a weight from a file, or takes it for one that is tied to such a one."""
-    return getattr(weight, "_is_hf_initialized", False)
+def _unread(model: Any, stored: Collection[str]) -> dict[str, torch.nn.Parameter]:
+    """The parameters, under each of their names, that are in no file under any of them; `stored` are the names of the tensors from files."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    read = {id(weight) for name, weight in every.items() if name in stored or getattr(weight, "_is_hf_initialized", False)}
+    return {name: weight for name, weight in every.items() if id(weight) not in read}
 
 
 def _state_sizes(model: Any) -> None:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.own_code import complete_class, listed_ties
+from cora_cli.models.own_code import complete_class, has_own_code, listed_ties
 
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -88,8 +88,14 @@ class Skeleton:
                 found |= {name for several in self._results(rule, names).values() for name in several}
         found |= {other for name in found for other in self.shared.get(name, ())}
         ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
-        own = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
-        return sorted(name for name in own if name not in found and not any(pattern.search(name) for pattern in ignored))
+        # Code of a model's own may name weights that are then random.
+        trained = has_own_code(self.model)
+        own = [(name, weight.requires_grad and trained) for name, weight in self.model.named_parameters(remove_duplicate=False)]
+        return sorted(
+            name
+            for name, needed in own
+            if name not in found and (needed or not any(pattern.search(name) for pattern in ignored))
+        )
 
     def parts(self, keys: Iterable[str]) -> dict[str, tuple[str, int, int]]:
         """The weights of the model that are equal parts of the rows of one tensor of the files, by name: that tensor, the part's place, and their number."""

@@ -17,7 +17,7 @@ from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.evaluation.generate import BatchedGenerate, transformers_engine
 from cora_cli.models.configuration import load_configuration
-from cora_cli.models.loading import load_model
+from cora_cli.models.loading import check_names, load_model
 from cora_cli.models.own_code import listed_ties
 from cora_cli.models.precision import computing_in
 from cora_cli.models.references import resolve_model
@@ -285,17 +285,38 @@ def test_tensors_that_the_code_computes_and_no_file_holds_are_those_of_the_code(
 
 @pytest.mark.parametrize("whose", ["self", "module"])
 def test_weights_that_were_read_are_not_drawn_anew_by_the_code(whose: str, tmp_path: Path) -> None:
-    """As by code for transformers 4, which transformers 5 has initialize modules with a mask that no file has, or with a weight that none needs to have."""
-    mask = 'self.register_buffer("mask", torch.ones(8, 8).tril(), persistent=False)\n        self.free = nn.Parameter(torch.ones(3))'
+    """As by code for transformers 4, which transformers 5 has initialize modules with a mask that no file has."""
+    mask = 'self.register_buffer("mask", torch.ones(8, 8).tril(), persistent=False)'
     drawn = f"def _init_weights(self, module):\n        for weight in {whose}.parameters(): weight.data.fill_(7)"
-    base = nano(tmp_path / "base", tie=mask, methods=f'_keys_to_ignore_on_load_missing = ["free"]\n\n    {drawn}')
+    base = nano(tmp_path / "base", tie=mask, methods=drawn)
     weights = load_file(base / "model.safetensors")
-    del weights["free"]
-    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     loaded = load_model(resolve_model(str(base)), torch.float32, torch.device("cpu"), None, trust_remote_code=True)
     found = loaded.state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
-    assert found["free"].tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_weight_that_the_code_lets_files_leave_out_is_computed_by_the_code_or_missing(
+    is_trained: bool, tmp_path: Path
+) -> None:
+    """As with phi-1_5's own pattern, which fits every name."""
+    table = f"self.table = nn.Parameter(torch.arange(3) / 7, requires_grad={is_trained})"
+    base = nano(tmp_path / "base", tie=table, methods='_keys_to_ignore_on_load_missing = [""]')
+    weights = load_file(base / "model.safetensors")
+    del weights["table"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    model = resolve_model(str(base))
+    skeleton = build_skeleton(load_configuration(model, trust_remote_code=True), trust_remote_code=True)
+    if is_trained:
+        said = "is incomplete: 1 weights .* are missing, such as table"
+        with pytest.raises(CoraError, match=said):
+            load_model(model, torch.float32, torch.device("cpu"), None, trust_remote_code=True)
+        with pytest.raises(CoraError, match=said):
+            check_names(model, skeleton)
+        return
+    check_names(model, skeleton)
+    loaded: Any = load_model(model, torch.float32, torch.device("cpu"), None, trust_remote_code=True)
+    assert torch.equal(loaded.table, torch.arange(3) / 7)
 
 
 TIES = {
