@@ -18,7 +18,8 @@ _MARKS = {
     "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",  # gpt-oss
 }
 _BEGIN, _END = tuple(_MARKS), tuple(_MARKS.values())
-_ENDED = re.compile("|".join(map(re.escape, _END)))
+_ENDED = re.compile("|".join([*map(re.escape, _END), r"<\|channel\|>final[^<]*<\|constrain\|>[^<]*<\|message\|>"]))
+"""The marks at the end of thoughts; gpt-oss may say of what kind its answer is."""
 _BETWEEN = "<|end|><|start|>"
 """What gpt-oss writes between its thoughts and what it says."""
 _QUOTES = ("'", '"', "`")

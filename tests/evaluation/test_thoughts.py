@@ -42,6 +42,7 @@ def test_thoughts_between_special_tokens_keep_their_marks_and_are_counted(specia
         ("<think>a</think>\n<think>b", ""),
         ("<thought>\na\n</thought>\n3", "\n3"),
         ("◁think▷a◁/think▷3", "3"),
+        ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final <|constrain|>json<|message|>3", "3"),
         ('it may be "yes"</think>{"score": 3}', '{"score": 3}'),
         ("it's 'yes'</think>{'score': 3}", "{'score': 3}"),
         ("`</think>` ends them</think>3", "3"),

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+from transformers import AddedToken
+
 from cora_cli.data.chat import ChatTemplate, UnsteadyTemplate
 from cora_cli.data.encode import check_rows, continuation, encode_prompt, tokens_within
 from cora_cli.data.templates import Rendered, Template, reads_clock
@@ -21,6 +23,7 @@ from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.progress import say
 from cora_cli.settings import today
 
+_KEPT = ("single_word", "lstrip", "rstrip", "normalized")
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
 _END = "}"
 
@@ -51,8 +54,8 @@ class LocalJudge:
         if self._chat is not None:
             # Those that the tokenizer does not call special would not be split in a message.
             control = self._chat.control
-            own = [token.content for token in self._tokenizer.added_tokens_decoder.values() if not token.special]
-            self._tokenizer.add_tokens([text for text in own if text in control], special_tokens=True)
+            own = [token for token in self._tokenizer.added_tokens_decoder.values() if not token.special]
+            self._tokenizer.add_tokens([_special(token) for token in own if token.content in control], special_tokens=True)
         self.identity = {
             "model": self._model.reference,
             "model_sha256": self._model.content_hash(),
@@ -157,3 +160,8 @@ class LocalJudge:
             raise CoraError(f"{whose} {error}") from error
         except Exception as error:  # templates raise what they like
             raise CoraError(f"{whose} refuses a message of the user: {reason(error)}") from error
+
+
+def _special(token: AddedToken) -> AddedToken:
+    """An added token as a special one, which takes the spaces around it as before."""
+    return AddedToken(token.content, special=True, **{name: getattr(token, name) for name in _KEPT})
