@@ -18,6 +18,7 @@ POSTERIOR = "posterior.safetensors"
 MODEL_FILES = ("config.json", "adapter_config.json")
 """The files of which a directory with a model has one."""
 CARD = "README.md"
+SUMS = "SHA256SUMS"
 """The model card next to weights. No recorded hash covers it, since people edit it."""
 
 
@@ -103,7 +104,7 @@ class RunDirectory:
     @cached_property
     def sums(self) -> Path:
         """`SHA256SUMS`: the hash of every file of a run that `cora publish` uploaded, in the format of `sha256sum`."""
-        return self.root / "SHA256SUMS"
+        return self.root / SUMS
 
     def exists(self) -> bool:
         """Whether this directory holds a run, complete or not, and not a model next to another program's `run.json`."""

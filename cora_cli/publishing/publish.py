@@ -4,6 +4,7 @@ The result lies at the top of the repository, where PEFT, vLLM and transformers 
 `cora verify` can check a download.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -224,4 +225,22 @@ def upload(name: str, files: Files, private: bool, overwrite: bool) -> str:
         raise CoraError(f"{name} cannot be published: {reason(error)}") from error
     except (NoAnswer, OSError, ImportError) as error:  # the last one for a proxy of a kind that it cannot use
         raise CoraError(f"the hub at {api.endpoint} cannot be reached: {reason(error)}{proxy}") from error
+    if changed := _changed(files):
+        raise CoraError(
+            f"{changed} was changed while it was uploaded to {name}, whose files do not fit together now; run the same command again with --overwrite"
+        )
     return str(commit.commit_url)
+
+
+def _changed(files: Files) -> str | None:
+    """The first of the files that is not as their list of hashes says, such as one of an evaluation that was made again meanwhile."""
+    stated = files.get(rundir.SUMS)
+    if not isinstance(stated, bytes):
+        return None
+    for line in stated.decode().splitlines():
+        name = line.partition("  ")[2]
+        with contextlib.suppress(FileNotFoundError):
+            if _sums({name: files[name]}).decode().strip() == line:
+                continue
+        return name
+    return None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
@@ -37,6 +37,23 @@ IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
 
 def cora(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_file_that_is_changed_while_it_is_uploaded_is_named(
+    finished: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    own = HfApi.create_commit
+
+    def commit(self: HfApi, *args: Any, **named: Any) -> Any:
+        done = own(self, *args, **named)
+        (run / "test.jsonl").write_text("")
+        return done
+
+    monkeypatch.setattr(HfApi, "create_commit", commit)
+    result = cora("publish", run, "--to", "org/name")
+    assert result.exit_code == 1
+    assert "test.jsonl was changed while it was uploaded to org/name" in result.stderr
 
 
 def test_what_is_published_verifies_and_loads_where_it_lies(finished: Path, hub: Hub, tiny_model: Path, tmp_path: Path) -> None:
