@@ -45,6 +45,8 @@ class Judge(Protocol):
 
     identity: dict[str, Any]
     """What decides about its replies apart from the message."""
+    has_replied: bool
+    """Whether it is known to reply, so that a refusal is for what a message says."""
 
     def ask(self, calls: Sequence[Call], allowed: Callable[[Call], bool]) -> Iterator[tuple[Call, Reply | NoReply]]:
         """The replies as they come. `allowed` is asked before each request; once it refuses, no further one is sent.

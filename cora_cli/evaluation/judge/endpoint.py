@@ -43,8 +43,8 @@ FAILURES_IN_A_ROW = 10
 """After so many calls without a reply the endpoint counts as down."""
 
 
-_OF_MESSAGE = re.compile(r"content[_ ](?:filter|policy|management)|context[_ ]length", re.IGNORECASE)
-"""How OpenAI, Azure and vLLM say that a message is too long, or is refused for what it says."""
+_OF_MESSAGE = (400, 413, 422)
+"""How servers refuse a message, as too long or for what it says, each in words of its own; and any message, for the settings of the request."""
 
 
 class Refused(Exception):
@@ -127,6 +127,7 @@ class Endpoint:
             raise CoraError(
                 f"the key in {config.key_variable} holds a space or a character that no key has; set the variable again"
             )
+        self.has_replied = False
         body: dict[str, Any] = {"model": config.judge, "temperature": 0, "max_tokens": config.max_tokens, "stream": False}
         body |= config.request_parameters()
         self._body = {name: value for name, value in body.items() if value is not None}
@@ -144,13 +145,14 @@ class Endpoint:
 
     def ask(self, calls: Sequence[Call], allowed: Callable[[Call], bool]) -> Iterator[tuple[Call, Reply | NoReply]]:
         """See `Judge`."""
-        traffic = _Traffic(self._config, calls, self._request)
+        traffic = _Traffic(self._config, calls, self._request, self.has_replied)
         try:
             while traffic.send(allowed):
                 if (arrived := traffic.arrived()) is not None and (seen := traffic.judge(*arrived)) is not None:
                     yield arrived[0], seen
         finally:
             traffic.close()
+            self.has_replied = traffic.has_replied
         if traffic.fatal is not None:
             raise traffic.fatal
 
@@ -205,7 +207,7 @@ class Endpoint:
         status = f"status {error.code}" + (f": {detail}" if detail else "") + (self._proxy if error.code == 407 else "")
         if 300 <= error.code < 400 and (place := error.headers.get("Location")):
             return Refused(f"status {error.code}: it leads to {self._without_key(place)[:200]}, and no redirect is followed")
-        if error.code in (400, 413, 422) and _OF_MESSAGE.search(detail):
+        if error.code in _OF_MESSAGE:
             return Unavailable(status, paid=False, to_message=True)
         if error.code not in (408, 409, 425, 429) and error.code < 500:
             return Refused(status)
@@ -247,7 +249,7 @@ class _Traffic:
     `fatal` is the reason why no call can succeed, raised once all replies under way have come.
     """
 
-    def __init__(self, config: JudgeConfig, calls: Sequence[Call], request: Callable[[str], Reply]) -> None:
+    def __init__(self, config: JudgeConfig, calls: Sequence[Call], request: Callable[[str], Reply], has_replied: bool) -> None:
         self._config, self._request, self._draw = config, request, random.Random()
         self._threads = min(config.concurrency, len(calls))
         self._todo: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
@@ -260,6 +262,8 @@ class _Traffic:
         self._under_way: dict[int, tuple[int, int]] = {}
         self._pause, self._failed_in_a_row, self._stopped = 0.0, 0, False
         self.fatal: CoraError | None = None
+        self._refused: Exception | None = None
+        self.has_replied = has_replied
 
     def send(self, allowed: Callable[[Call], bool]) -> bool:
         """Send what is due and allowed. Returns whether there is anything to wait for."""
@@ -290,15 +294,18 @@ class _Traffic:
         """What an outcome means for the caller, and when the call is tried again; None where no call can succeed."""
         place, tries = self._under_way.pop(call.number)
         if isinstance(outcome, Reply):
-            self._failed_in_a_row = 0
+            self._failed_in_a_row, self.has_replied = 0, True
             return outcome
         if not isinstance(outcome, Unavailable):
             self._stop(_fatal(outcome))
             return None
-        if outcome.to_message:
+        if outcome.to_message and self.has_replied:
             return NoReply(str(outcome), outcome.paid, last=True)
-        last = tries >= self._config.retries
+        last = outcome.to_message or tries >= self._config.retries
         self._failed_in_a_row += last
+        self._refused = outcome if outcome.to_message else self._refused
+        if outcome.to_message and self._failed_in_a_row >= FAILURES_IN_A_ROW:
+            self._stop(_fatal(Refused(str(outcome))))
         if self._failed_in_a_row >= FAILURES_IN_A_ROW:
             self._stop(
                 CoraError(
@@ -325,7 +332,9 @@ class _Traffic:
             self._done.put((call, outcome))
 
     def close(self) -> None:
-        """End the threads that wait for work."""
+        """End the threads that wait for work. A server that refused messages and gave no reply at all refuses the request."""
+        if self._refused is not None and not self.has_replied:
+            self._stop(_fatal(Refused(str(self._refused))))
         for _ in range(self._threads):
             self._todo.put(None)
 

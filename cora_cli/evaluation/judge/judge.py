@@ -145,6 +145,7 @@ def _ask_all(work: _Work, judgments: Judgments) -> None:
     done = len(distinct) - len(pending)
     if done and pending:
         say(f"{done} of {len(distinct)} judgments are in {work.out.judgments} already")
+    work.judge.has_replied |= bool(judgments.judged)
     budget = _Budget(config, judgments)
     failures: collections.Counter[str] = collections.Counter()
     with progress("judging", len(distinct), "judgments", done=done) as shown:

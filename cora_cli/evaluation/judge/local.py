@@ -37,6 +37,7 @@ class LocalJudge:
     def __init__(self, config: JudgeConfig, date: str | None = None) -> None:
         assert config.judge_model is not None
         self._config, self._model = config, resolve_model(config.judge_model)
+        self.has_replied = True
         if self._model.is_adapter:
             raise CoraError(
                 f"{config.judge_model} is an adapter, not a complete model; merge it first with `cora merge {config.judge_model}`"

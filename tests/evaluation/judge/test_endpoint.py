@@ -173,7 +173,19 @@ def test_no_more_requests_are_in_flight_than_allowed(tmp_path, answers, concurre
     assert 1 <= server.most_at_once <= concurrency
 
 
-@pytest.mark.parametrize("status", ["400", "401", "403", "404", "302"])
+def test_a_request_that_is_refused_for_every_message_ends_the_command(tmp_path, answers) -> None:
+    with serving(fault=lambda n: "422") as server:
+        with pytest.raises(CoraError, match=r"refuses the request \(status 422"):
+            judge(judge_of(server, answers, tmp_path / "out", concurrency=1))
+        assert len(server.requests) == 10
+
+
+def test_few_messages_that_are_all_refused_end_the_command(tmp_path, answers) -> None:
+    with serving(fault=lambda n: "400") as server, pytest.raises(CoraError, match=r"refuses the request \(status 400"):
+        judge(judge_of(server, answers, tmp_path / "out", concurrency=1, rubric=("paper",), retest=False, limit=2))
+
+
+@pytest.mark.parametrize("status", ["401", "403", "404", "302"])
 def test_a_refusal_ends_the_command_with_its_reason_and_keeps_what_was_judged(tmp_path, answers, status) -> None:
     with serving(fault=lambda n: status if n >= 5 else None) as server:
         config = judge_of(server, answers, tmp_path / "out", concurrency=1)
@@ -185,12 +197,17 @@ def test_a_refusal_ends_the_command_with_its_reason_and_keeps_what_was_judged(tm
 
 
 def test_a_message_that_is_refused_for_what_it_says_is_a_failure_and_the_others_are_judged(tmp_path, answers) -> None:
-    with serving(fault=lambda n: "filtered" if n == 2 else None) as server:
-        record, out = judge(judge_of(server, answers, tmp_path / "out", concurrency=1, tries=1, rubric=("paper",)))
-    failed = [line for line in read_jsonl(out.judgments) if line["outcome"] not in ("judged", "malformed")]
-    assert len(failed) == 1
-    assert "content_filter" in json.dumps(failed)
-    assert sum(record["rubrics"]["paper"]["failed"].values()) == 1
+    """Also in the next call, which asks for nothing else."""
+    refused = {0, 2}
+    with serving(fault=lambda n: "filtered" if n in refused else None) as server:
+        config = judge_of(server, answers, tmp_path / "out", concurrency=1, tries=1, rubric=("paper",))
+        for requests in (0, 2):
+            record, out = judge(config)
+            failed = [line for line in read_jsonl(out.judgments) if line["outcome"] not in ("judged", "malformed")]
+            assert len(failed) == 2 + requests
+            assert json.dumps(failed).count("content_filter") == 2 + requests
+            assert sum(record["rubrics"]["paper"]["failed"].values()) == 2
+            refused |= {len(server.requests), len(server.requests) + 1}
 
 
 def test_an_endpoint_that_is_down_is_given_up(tmp_path, answers, monkeypatch) -> None:
