@@ -18,8 +18,8 @@ POSTERIOR = "posterior.safetensors"
 MODEL_FILES = ("config.json", "adapter_config.json")
 """The files of which a directory with a model has one."""
 CARD = "README.md"
-SUMS = "SHA256SUMS"
 """The model card next to weights. No recorded hash covers it, since people edit it."""
+SUMS = "SHA256SUMS"
 
 
 def require_basis(path: Path) -> None:

@@ -152,7 +152,7 @@ def containers(module: torch.nn.Module) -> Iterator[dict[Any, Any] | list[Any]]:
 
 
 def _own_state(module: torch.nn.Module) -> list[tuple[str, Any]]:
-    """What the code of a module keeps beside parameters, buffers and other modules."""
+    """What the code of a module keeps next to parameters, buffers and other modules."""
     return [(name, value) for name, value in vars(module).items() if name not in _OF_TORCH]
 
 

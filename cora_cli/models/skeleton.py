@@ -89,8 +89,8 @@ class Skeleton:
         found |= {other for name in found for other in self.shared.get(name, ())}
         ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
         # Code of a model's own may name weights that are then random.
-        trained = has_own_code(self.model)
-        own = [(name, weight.requires_grad and trained) for name, weight in self.model.named_parameters(remove_duplicate=False)]
+        is_own = has_own_code(self.model)
+        own = [(name, weight.requires_grad and is_own) for name, weight in self.model.named_parameters(remove_duplicate=False)]
         return sorted(
             name
             for name, needed in own
