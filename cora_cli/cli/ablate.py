@@ -79,6 +79,9 @@ class AblateConfig:
     overwrite: bool = setting("Replace results in --output-dir that were created with other settings.", False, panel=_RUN)
     device: str = setting("auto, cpu or cuda. Each step uses at most one GPU.", "auto", panel=_RUN)
     dtype: DtypeName = setting("auto: bf16 where the hardware supports it, else fp32.", "auto", panel=_RUN)
+    trust_remote_code: bool = setting(
+        "Run Python code that comes with the models. Use only if you trust their authors.", False, panel="Risky"
+    )
 
     def __post_init__(self) -> None:
         """Check the numbers, and that there is something to run."""
@@ -169,6 +172,7 @@ def run(config: AblateConfig) -> None:
         overwrite=config.overwrite,
         device=config.device,
         dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
         measure=_count(config.measure),
     )
     if config.dry_run:

@@ -38,7 +38,7 @@ from cora_cli.experiments.slurm import SlurmLauncher, left_jobs
 from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.experiments.stage_work import stage_lines
 from cora_cli.experiments.stages import SeedsWanted, Stages, news, stage_record, to_run
-from cora_cli.experiments.steps import FOLDERS, Plan, make_plan
+from cora_cli.experiments.steps import FOLDERS, Plan, StepFlags, make_plan
 from cora_cli.experiments.trainings import (
     GridMemory,
     check_trainings,
@@ -68,7 +68,13 @@ class Request:
     overwrite: bool = False
     device: str = "auto"
     dtype: DtypeName = "auto"
+    trust_remote_code: bool = False
     measure: int | Literal["all"] | None = None
+
+    @property
+    def flags(self) -> StepFlags:
+        """What the steps take over."""
+        return StepFlags(self.device, self.dtype, self.trust_remote_code)
 
     def load(self) -> Grid:
         """Read and check the grid file. Raises `UsageError` if it is invalid."""
@@ -92,12 +98,12 @@ def dry_run(request: Request, width: int | None = None) -> str:
     writing.refuse_file(out)
     refuse_other_grid(out)
     # Without earlier steps nothing is done yet, so there is no need to hash weights.
-    inputs = find_inputs(grid, out / _HASHES if (out / "steps").is_dir() else None, weights=False)
+    inputs = find_inputs(grid, out / _HASHES if (out / "steps").is_dir() else None, request.trust_remote_code, weights=False)
     check_shapes(grid, inputs)
     rate, machine = planned_rate(request.device)
     if grid.has_stages:
         return _dryrun_stages(request, grid, out, inputs, rate, machine, width)
-    plan = make_plan(grid, out, inputs, request.device, request.dtype)
+    plan = make_plan(grid, out, inputs, request.flags)
     chosen = _chosen(request, plan)
     _refuse_known_conflicts(request, plan, chosen, inputs)
     estimates = estimate_steps(plan, inputs, rate)
@@ -114,7 +120,7 @@ def _refuse_known_conflicts(request: Request, plan: Plan, rows: list[str], input
 def _memory(request: Request, plan: Plan, chosen: list[str], inputs: Inputs) -> GridMemory:
     """Check the trainings of all rows, and measure the memory of the chosen ones."""
     hardware = planned_hardware(request.device, request.dtype)
-    trainings = distinct_trainings(plan.grid, request.device, request.dtype)
+    trainings = distinct_trainings(plan.grid, request.flags)
     checked = check_trainings(trainings, plan.grid, inputs, hardware)
     return measure_memory(plan, chosen, checked, request.measure, hardware)
 
@@ -123,7 +129,7 @@ def _dryrun_stages(
     request: Request, grid: Grid, out: Path, inputs: Inputs, rate: float | None, machine: str, width: int | None
 ) -> str:
     """The plan of what is known so far, and the most and the likely work of all stages."""
-    stages = Stages(grid, out, inputs, request.device, request.dtype)
+    stages = Stages(grid, out, inputs, request.flags)
     methods = stages.methods()
     rows = stages.rows(methods, {method.key: MIN_SEEDS for method in methods})
     plan = stages.plan(rows)
@@ -155,15 +161,15 @@ def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
         refuse_other_grid(out)
         say(f"{grid.title}: checking models and data")
         require_on_hub(grid)
-        inputs = find_inputs(grid, out / _HASHES)
+        inputs = find_inputs(grid, out / _HASHES, request.trust_remote_code)
         inputs.require_all()
         check_shapes(grid, inputs)
         launcher = _launcher(request, grid, out, inputs, held)
         if grid.has_stages:
-            untried = Stages(grid, out, inputs, request.device, request.dtype).untried()
+            untried = Stages(grid, out, inputs, request.flags).untried()
             _check_trainings(request, dataclasses.replace(grid, rows=tuple(untried)), inputs)
             return run_stages(request, grid, out, inputs, launcher, held, seeds_wanted)
-        plan = make_plan(grid, out, inputs, request.device, request.dtype)
+        plan = make_plan(grid, out, inputs, request.flags)
         chosen = _chosen(request, plan)
         wanted = plan.needed_for(chosen)
         refuse_conflicts(plan, wanted, request.overwrite, _dtype_here(request))
@@ -188,7 +194,7 @@ def _check_trainings(request: Request, grid: Grid, inputs: Inputs) -> None:
         require_sandbox()
     # A cluster may have GPUs that this machine lacks.
     hardware = (planned_hardware if request.launcher == "slurm" else select_hardware)(request.device, request.dtype)
-    check_trainings(distinct_trainings(grid, request.device, request.dtype), grid, inputs, hardware)
+    check_trainings(distinct_trainings(grid, request.flags), grid, inputs, hardware)
 
 
 def _dtype_here(request: Request) -> str | None:
@@ -220,7 +226,7 @@ def run_stages(
         raise UsageError("--only does not apply to a grid with sweep or confirm, whose rows depend on each other's results")
     confirm = grid.confirm
     assert confirm is not None
-    stages = Stages(grid, out, inputs, request.device, request.dtype)
+    stages = Stages(grid, out, inputs, request.flags)
     for sentence in stages.start_again():
         say(sentence)
     methods = stages.methods()
@@ -308,7 +314,7 @@ def _launcher(request: Request, grid: Grid, out: Path, inputs: Inputs, held: int
     if per_gpu == "auto":
         every = dataclasses.replace(grid, rows=(*grid.rows, *(row.proposing(row.seed) for row in grid.rows if row.is_auto)))
         # The memory does not depend on the rate.
-        estimates = estimate_steps(make_plan(every, out, inputs, request.device, request.dtype), inputs, rate=1.0)
+        estimates = estimate_steps(make_plan(every, out, inputs, request.flags), inputs, rate=1.0)
         free = free_gpu_bytes()
         per_gpu = steps_that_fit(estimates.values(), free)
         largest = max(estimate.bytes for estimate in estimates.values())

@@ -43,7 +43,8 @@ class ModelFacts:
     `shapes` maps the full name of every two-dimensional weight to (out, in); `parameters` counts all parameters and `embedded`
     those of the input embedding; `heads` is the number of attention heads, if stated. `dated` says whether its chat template writes the date
     into prompts, `tokenizer_sha256` is the hash of what decides how text becomes tokens, `ends` are the tokens
-    that end an answer by generation_config.json. For an adapter `shapes` is empty and both counts are 0. `sha256` is None if it was not requested.
+    that end an answer by generation_config.json, `has_own_code` says whether it has classes of its own. For an adapter `shapes` is empty and both
+    counts are 0. `sha256` is None if it was not requested.
     """
 
     reference: str
@@ -55,6 +56,7 @@ class ModelFacts:
     dated: bool = False
     tokenizer_sha256: str | None = None
     ends: tuple[int, ...] = ()
+    has_own_code: bool = False
     _found: dict[tuple[str, ...], dict[str, tuple[int, int]]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -159,7 +161,7 @@ def require_on_hub(grid: Grid) -> None:
         raise CoraError("; ".join(missing))
 
 
-def find_inputs(grid: Grid, memory: Path | None, weights: bool = True) -> Inputs:
+def find_inputs(grid: Grid, memory: Path | None, trust_remote_code: bool = False, weights: bool = True) -> Inputs:
     """Find every model and data set that the grid names.
 
     `memory` is a file that caches the hashes of weights, valid while size and times of the files are unchanged.
@@ -174,7 +176,9 @@ def find_inputs(grid: Grid, memory: Path | None, weights: bool = True) -> Inputs
         try:
             model = resolve_model(reference, weights)
             planned = not (weights or model.is_adapter or model.has_weights)
-            found_models[reference] = _planned_facts(model) if planned else _model_facts(model, digests)
+            found_models[reference] = (
+                _planned_facts(model, trust_remote_code) if planned else _model_facts(model, digests, trust_remote_code)
+            )
         except CoraError as error:
             unresolved[reference] = str(error)
     for key, (reference, settings) in datasets.items():
@@ -194,7 +198,7 @@ def find_inputs(grid: Grid, memory: Path | None, weights: bool = True) -> Inputs
     return Inputs(found_models, found_data, unresolved)
 
 
-def _model_facts(model: ModelPath, digests: "_Digests | None") -> ModelFacts:
+def _model_facts(model: ModelPath, digests: "_Digests | None", trust_remote_code: bool) -> ModelFacts:
     sha256 = digests.of(model) if digests else None
     if model.is_adapter:
         return ModelFacts(model.reference, sha256, {}, 0, 0)
@@ -204,27 +208,29 @@ def _model_facts(model: ModelPath, digests: "_Digests | None") -> ModelFacts:
     embedded = sum(size for name, size in sizes.items() if "embed" in name or ".wte" in name)
     # A tied head is stored once, but still costs a matrix product.
     total, heads = sum(sizes.values()), model.attention_heads()
-    text = model.text_hash(), tuple(end_tokens(model.generation_config().get("eos_token_id"), ()))
-    return ModelFacts(model.reference, sha256, matrices, total, embedded, heads, _is_dated(model), *text)
+    ends = tuple(end_tokens(model.generation_config().get("eos_token_id"), ()))
+    text = model.text_hash(), ends, model.has_own_code
+    return ModelFacts(model.reference, sha256, matrices, total, embedded, heads, _is_dated(model, trust_remote_code), *text)
 
 
-def _planned_facts(model: ModelPath) -> ModelFacts:
+def _planned_facts(model: ModelPath, trust_remote_code: bool) -> ModelFacts:
     """Facts of a model that holds no weights, whose hash is not known."""
-    found = skeleton_of(model).model
+    found = skeleton_of(model, trust_remote_code).model
     total = sum(weight.numel() for weight in found.parameters())
     embedded = sum(weight.numel() for name, weight in found.named_parameters() if "embed" in name or ".wte" in name)
-    shapes, heads = PlannedSource(model).shapes, model.attention_heads()
-    text = model.text_hash(), tuple(end_tokens(model.generation_config().get("eos_token_id"), ()))
-    return ModelFacts(model.reference, None, shapes, total, embedded, heads, _is_dated(model), *text)
+    shapes, heads = PlannedSource(model, trust_remote_code).shapes, model.attention_heads()
+    ends = tuple(end_tokens(model.generation_config().get("eos_token_id"), ()))
+    text = model.text_hash(), ends, model.has_own_code
+    return ModelFacts(model.reference, None, shapes, total, embedded, heads, _is_dated(model, trust_remote_code), *text)
 
 
-def _is_dated(model: ModelPath) -> bool:
+def _is_dated(model: ModelPath, trust_remote_code: bool) -> bool:
     """Whether the model's chat template writes the date into prompts; a tokenizer that cannot be loaded is for the steps to report."""
     files = [model.path / "tokenizer_config.json", *model.path.rglob("*.jinja")]
     if not any(CLOCK.encode() in file.read_bytes() for file in files if file.is_file()):
         return False
     with contextlib.suppress(CoraError):
-        return reads_clock("chat", load_tokenizer(model))
+        return reads_clock("chat", load_tokenizer(model, trust_remote_code))
     return False
 
 

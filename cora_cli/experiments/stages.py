@@ -17,9 +17,8 @@ from cora_cli.experiments.inputs import Inputs
 from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.rows import Row, short
 from cora_cli.experiments.stage_rules import MIN_SEEDS, ConfirmRule
-from cora_cli.experiments.steps import Plan, make_plan
+from cora_cli.experiments.steps import Plan, StepFlags, make_plan
 from cora_cli.experiments.sweep import Sweep, SweepRule, beyond, sweep
-from cora_cli.settings import DtypeName
 from cora_cli.training.proposal import FAR, rates_around
 
 SeedsWanted = Callable[[Path, Collection[str]], Mapping[tuple[object, ...], int]]
@@ -50,8 +49,8 @@ class Method:
 class Stages:
     """The stages of one grid in one output directory."""
 
-    def __init__(self, grid: Grid, out: Path, inputs: Inputs, device: str, dtype: DtypeName) -> None:
-        self._grid, self._out, self._inputs, self._device, self._dtype = grid, out, inputs, device, dtype
+    def __init__(self, grid: Grid, out: Path, inputs: Inputs, flags: StepFlags) -> None:
+        self._grid, self._out, self._inputs, self._flags = grid, out, inputs, flags
 
     def methods(self) -> list[Method]:
         """The methods, with what their sweeps have measured."""
@@ -145,7 +144,7 @@ class Stages:
     def plan(self, rows: Sequence[Row]) -> Plan:
         """The plan of these rows, at least one of every method."""
         grid = dataclasses.replace(self._grid, rows=tuple(rows))
-        return make_plan(grid, self._out, self._inputs, self._device, self._dtype)
+        return make_plan(grid, self._out, self._inputs, self._flags)
 
     def rows(self, methods: Sequence[Method], seeds: Mapping[tuple[object, ...], int]) -> list[Row]:
         """Every row that has run or runs next; `seeds` has the number of confirming seeds by method, for methods not to have all."""

@@ -77,6 +77,15 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
+class StepFlags:
+    """The flags of `ablate` that its steps take over. `trust_remote_code` identifies trainings of a model with classes of its own, `dtype` answers of the base model where it is not auto."""
+
+    device: str = "auto"
+    dtype: DtypeName = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """All steps of a grid, each after its dependencies. `steps_of` names the steps of each row in the order in which they run. A judging
     belongs to no row: it needs the answers of all rows with one data set.
@@ -119,15 +128,18 @@ class Plan:
         return [step for step in self.steps.values() if step.kind == "judge"]
 
 
-def make_plan(grid: Grid, out: Path, inputs: Inputs, device: str, dtype: DtypeName) -> Plan:
+def make_plan(grid: Grid, out: Path, inputs: Inputs, flags: StepFlags) -> Plan:
     """Plan the steps of all rows of the grid in the directory `out`. Equal steps are planned once."""
-    return _Planner(grid, out, inputs, device, dtype).plan()
+    return _Planner(grid, out, inputs, flags).plan()
 
 
 class _Planner:
-    def __init__(self, grid: Grid, out: Path, inputs: Inputs, device: str, dtype: DtypeName) -> None:
-        self._grid, self._out, self._inputs = grid, out, inputs
-        self._hardware: dict[str, Any] = {"device": device, "dtype": dtype}
+    def __init__(self, grid: Grid, out: Path, inputs: Inputs, flags: StepFlags) -> None:
+        self._grid, self._out, self._inputs, self._flags = grid, out, inputs, flags
+        model = inputs.models.get(grid.model)
+        # The flag identifies a training, which may be of other classes with it: it counts only where the model has classes of its own.
+        trusts = flags.trust_remote_code and model is not None and model.has_own_code
+        self._taken: Values = dataclasses.asdict(dataclasses.replace(flags, trust_remote_code=trusts))
         self._steps: dict[str, Step] = {}
         self._records: dict[str, list[Any]] = {}
         self._fine_tunes: dict[str, Step] = {}
@@ -206,7 +218,7 @@ class _Planner:
     ) -> TrainConfig:
         place: Values = {"model": self._grid.model, "dataset": dataset, "output_dir": str(self._out / output)}
         starts: Values = {"basis": basis, "start_models": models}
-        return TrainConfig(**place, **starts, mode=mode, resume=True, **self._hardware, **settings)
+        return TrainConfig(**place, **starts, mode=mode, resume=True, **self._taken, **settings)
 
     def _writes_date(self, data: str, template: TemplateName) -> bool:
         """Whether the prompts of a data set, by its key, hold a date."""
@@ -278,7 +290,7 @@ class _Planner:
         base = self._grid.model if facts["source"] == "delta" else None
         models = tuple(self._reference(name) for name in row.sources) or (self._grid.model,)
         # `ledger` has already checked the file: if it exists, it is damaged or outdated, so overwrite it.
-        place = ("--output", str(self._out / output), "--overwrite", "--device", self._hardware["device"])
+        place = ("--output", str(self._out / output), "--overwrite", "--device", self._flags.device)
         flags = words("extract-basis", BasisChoices(**{**row.basis, "rank": rank}))[1:]
         argv = ("extract-basis", *models, *place, *(("--base", base) if base else ()), *flags)
         return self._add(dataclasses.replace(step, output=output, argv=argv))
@@ -320,8 +332,9 @@ class _Planner:
     def _laplace(self, row: Row, run: Step) -> Step:
         assert row.laplace is not None
         output = f"runs/{row.name}"
-        place = {"run": str(self._out / run.output), "output_dir": str(self._out / output), "device": self._hardware["device"]}
-        config = LaplaceConfig(**place, **row.laplace)
+        place: Values = {"run": str(self._out / run.output), "output_dir": str(self._out / output)}
+        taken = {name: value for name, value in self._taken.items() if name != "dtype"}  # the run has its own
+        config = LaplaceConfig(**place, **taken, **row.laplace)
         facts = {**dataclasses.asdict(config), "run": run.key}
         for name in ("output_dir", "device", "trust_remote_code"):
             del facts[name]
@@ -337,7 +350,7 @@ class _Planner:
         }
         settings = {key: value for key, value in settings.items() if key not in without_effect}
         # `overwrite` replaces results that `ledger` found outdated; predictions with equal settings are reused.
-        common = {**self._hardware, "overwrite": True, **settings}
+        common = {**self._taken, "overwrite": True, **settings}
         facts: dict[str, Any] = dict(settings)
         if runs:
             several = len(runs) > 1
@@ -352,8 +365,8 @@ class _Planner:
         data = data_key(self._grid.datasets[row.dataset], self._grid.train)
         hashes = {"model": self._model_hash(self._grid.model), "dataset": self._data_hash(data)}
         facts = {**facts, "template": common["template"], **hashes}
-        if self._hardware["dtype"] != "auto":  # a run's evaluation has it from the run
-            facts["dtype"] = self._hardware["dtype"]
+        if self._flags.dtype != "auto":  # a run's evaluation has it from the run
+            facts["dtype"] = self._flags.dtype
         step = self._keyed("evaluate-base", "evaluate", of_answers(facts), ())
         records, output = f"records/{row.dataset}.jsonl", f"evaluations/{step.key[:12]}"
         if data in self._inputs.datasets:
@@ -386,8 +399,7 @@ class _Planner:
             base=base,
             output_dir=str(self._out / output),
             overwrite=True,
-            **(self._hardware if "judge_model" in settings else {}),
-            **settings,
+            **((dataclasses.asdict(self._flags) if "judge_model" in settings else {}) | settings),
         )
         answers = {name: hashing.sha256_json(of_answers(step.facts)) for name, step in evaluations.items()}
         rubrics = [load_rubric(rubric).sha256 for rubric in config.rubric]

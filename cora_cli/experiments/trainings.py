@@ -15,7 +15,7 @@ from cora_cli.experiments.estimate import SHARED_PART, Estimate
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import Inputs, used_sources
 from cora_cli.experiments.rows import Row, short
-from cora_cli.experiments.steps import Plan
+from cora_cli.experiments.steps import Plan, StepFlags
 from cora_cli.methods.registry import method_of
 from cora_cli.planning.page import CARDS, fits, size_text
 from cora_cli.progress import progress
@@ -33,7 +33,8 @@ LAYERS, MOST = 240, 24
 """Layers of all models together, and trainings, that a plan measures unless it is told how many: 8 trainings of 30 layers, in some 20 seconds."""
 IRRELEVANT = frozenset(
     {
-        *("output_dir", "model", "dataset", "device", "dtype", "dry_run", "processes", "resume", "stop_at"),  # set below
+        *("output_dir", "model", "dataset", "dry_run", "processes", "resume", "stop_at"),  # set below
+        *("device", "dtype", "trust_remote_code"),  # set below, from the flags
         *("learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "alpha", "rslora", "seed"),
         *("eval_steps", "save_steps", "keep_checkpoints", "save_tokenizer", "validation_loss"),
     }
@@ -88,10 +89,10 @@ class GridMemory:
     volumes: tuple[Volume, ...] = ()
 
 
-def distinct_trainings(grid: Grid, device: str, dtype: Any) -> list[Training]:
+def distinct_trainings(grid: Grid, flags: StepFlags) -> list[Training]:
     """The trainings of all rows, each with the settings of the first row that is like it, and those of the source models."""
     found: dict[Key, Training] = {}
-    common: dict[str, Any] = {"model": grid.model, "device": device, "dtype": dtype, "dry_run": True}
+    common: dict[str, Any] = {"model": grid.model, "dry_run": True, **dataclasses.asdict(flags)}
     for row in grid.rows:
         if row.train is None:
             continue

@@ -382,15 +382,23 @@ class ModelPath:
         others += [path for pattern in patterns for path in self.path.glob(pattern)]
         return {path: state for path in (*weights, *others) if (state := hashing.file_state(path)) is not None}
 
+    @property
+    def has_own_code(self) -> bool:
+        """Whether a configuration names classes that transformers runs with `trust_remote_code` only: files here or of another repository."""
+        return any(self._names_code(name) for name in ("config.json", "tokenizer_config.json"))
+
     def _with_settings(self, files: list[Path]) -> list[Path]:
         names = ("adapter_config.json", "cora.json", rundir.POSTERIOR) if self.is_adapter else ("config.json",)
         return [*files, *(self.path / name for name in names if (self.path / name).exists()), *self._code_files()]
 
     def _code_files(self, configuration: str = "config.json") -> list[Path]:
         """The directory's own Python files, where a configuration in it names classes in them, which --trust-remote-code runs."""
+        return sorted(self.path.glob("*.py")) if self._names_code(configuration) else []
+
+    def _names_code(self, configuration: str) -> bool:
         path = self.path / configuration
         stated = read_json(path) if path.exists() else None
-        return sorted(self.path.glob("*.py")) if isinstance(stated, dict) and stated.get("auto_map") else []
+        return isinstance(stated, dict) and bool(stated.get("auto_map"))
 
 
 def _holds_weights(path: Path) -> bool:

@@ -21,12 +21,12 @@ from cora_cli.weights.sources import AdapterSource, ModelSource, WeightSource, a
 class PlannedSource(WeightSource):
     """A complete model without weights: its linear layers and embeddings, in the type that its configuration names."""
 
-    def __init__(self, model: ModelPath) -> None:
+    def __init__(self, model: ModelPath, trust_remote_code: bool = False) -> None:
         self.reference, self.revision = model.reference, model.revision
         self.architecture = architecture_of(model.language_config())
         self.shapes = {}
         self._bytes: dict[str, int] = {}
-        skeleton = skeleton_of(model).model
+        skeleton = skeleton_of(model, trust_remote_code).model
         self.others = other_modalities(skeleton)
         for name, module in skeleton.named_modules():
             if name not in self.others and isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding):

@@ -9,7 +9,7 @@ from cora_cli.experiments.ablate import Request, run_stages
 from cora_cli.experiments.execute import Outcome
 from cora_cli.experiments.grid import Grid, build_grid
 from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts
-from cora_cli.experiments.steps import Plan, make_plan
+from cora_cli.experiments.steps import Plan, StepFlags, make_plan
 from cora_cli.lock import own_directory
 
 BASE: dict[str, Any] = {
@@ -48,7 +48,7 @@ def inputs_of(**hashes: str) -> Inputs:
 
 
 def plan_of(grid: Grid, out: Path = Path("out"), **hashes: str) -> Plan:
-    return make_plan(grid, out, inputs_of(**hashes), "cpu", "fp32")
+    return make_plan(grid, out, inputs_of(**hashes), StepFlags("cpu", "fp32"))
 
 
 class PretendLauncher:

@@ -15,6 +15,7 @@ from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import data_key
 from cora_cli.experiments.stage_work import stage_lines
 from cora_cli.experiments.stages import Stages
+from cora_cli.experiments.steps import StepFlags
 from cora_cli.reading import read_json
 from cora_cli.training.proposal import rates_around
 
@@ -110,7 +111,7 @@ def test_a_proposal_that_fails_fails_the_grid_and_confirms_nothing(tmp_path):
 
 def test_the_dry_run_counts_three_rates_around_each_proposal(tmp_path):
     grid = staged_grid(*GRID)
-    stages = Stages(grid, tmp_path, inputs_of(), "cpu", "fp32")
+    stages = Stages(grid, tmp_path, inputs_of(), StepFlags("cpu", "fp32"))
     methods = stages.methods()
     rows = stages.rows(methods, {})
     assert [row.stage for row in rows] == [None, "proposal", "proposal"]
@@ -161,7 +162,7 @@ def test_a_proposal_is_measured_in_one_process_on_the_machine_of_a_training():
 def test_the_rate_is_no_part_of_what_a_proposal_depends_on_but_the_basis_is(tmp_path):
     plan = plan_of(staged_grid(*GRID))
     assert not [step for step in plan.steps.values() if step.kind == "proposal"], "only their own rows have one"
-    stages = Stages(staged_grid(*GRID), tmp_path, inputs_of(), "cpu", "bf16")
+    stages = Stages(staged_grid(*GRID), tmp_path, inputs_of(), StepFlags("cpu", "bf16"))
     planned = stages.plan(stages.rows(stages.methods(), {}))
     (fb,) = (step for name, step in planned.steps.items() if name.startswith("proposal-cora-fb"))
     assert any(need.startswith("basis-") for need in fb.needs)

@@ -16,7 +16,7 @@ from cora_cli.experiments.paper import paper_tables
 from cora_cli.experiments.plan_record import plan_record
 from cora_cli.experiments.preset import small
 from cora_cli.experiments.shipped import find_grid, shipped_grids, write_copy
-from cora_cli.experiments.steps import make_plan
+from cora_cli.experiments.steps import StepFlags, make_plan
 from cora_cli.experiments.tasks import TASKS
 from cora_cli.methods.registry import METHODS
 
@@ -84,7 +84,7 @@ def test_a_copy_of_a_shipped_grid_has_the_same_rows(name: str, tmp_path: Path) -
 )
 def test_every_grid_parses_and_plans_without_models_or_data(path: Path, preset: str | None, tiny_multihead_model: Path) -> None:
     grid = load_grid(path, preset, str(tiny_multihead_model) if preset else None)
-    plan = make_plan(grid, Path("out"), Inputs({}, {}, {}), "auto", "auto")
+    plan = make_plan(grid, Path("out"), Inputs({}, {}, {}), StepFlags("auto", "auto"))
     assert [row["name"] for row in plan_record(plan)["rows"]] == [row.name for row in grid.rows]
     assert all(row.dataset or row.mode == "basis" for row in grid.rows)
     assert grid.conditions
@@ -216,7 +216,7 @@ def test_the_grids_of_baselines_have_every_method() -> None:
 
 def test_rows_that_start_from_models_train_after_these_and_name_them() -> None:
     grid = baselines()
-    plan = make_plan(grid, Path("out"), Inputs({}, {}, {}), "auto", "auto")
+    plan = make_plan(grid, Path("out"), Inputs({}, {}, {}), StepFlags("auto", "auto"))
     row = next(row for row in grid.rows if row.label == "lora mean-delta")
     assert row.name.startswith("lora-mean-delta_r31_n5_lr")
     step = plan.of_kind(row.name, "train")

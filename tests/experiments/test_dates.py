@@ -11,7 +11,7 @@ from cora_cli.experiments import dates
 from cora_cli.experiments.execute import write_plan
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import Inputs, find_inputs
-from cora_cli.experiments.steps import Plan, make_plan
+from cora_cli.experiments.steps import Plan, StepFlags, make_plan
 from tests.experiments.helpers import grid_of, inputs_of, plan_of
 
 
@@ -31,7 +31,7 @@ def dated_inputs() -> Inputs:
 
 
 def dated_plan(grid: Grid, out: Path) -> Plan:
-    return make_plan(grid, out, dated_inputs(), "cpu", "fp32")
+    return make_plan(grid, out, dated_inputs(), StepFlags("cpu", "fp32"))
 
 
 def date_in(argv: tuple[str, ...]) -> str | None:

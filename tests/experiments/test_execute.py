@@ -18,7 +18,7 @@ from cora_cli.experiments.execute import Execution, Outcome, done_steps, refuse_
 from cora_cli.experiments.launch import Job, LocalLauncher
 from cora_cli.experiments.plan_text import summary
 from cora_cli.experiments.screen import Screen, duration
-from cora_cli.experiments.steps import Plan, make_plan
+from cora_cli.experiments.steps import Plan, StepFlags, make_plan
 from cora_cli.lock import own_directory
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.settings import DtypeName
@@ -439,7 +439,7 @@ def test_a_grid_is_not_continued_where_a_machine_computes_in_another_type(plan: 
 def test_the_base_model_is_evaluated_again_in_another_type_that_is_asked_for(tmp_path: Path) -> None:
     asked: tuple[DtypeName, ...] = ("auto", "bf16", "fp32")
     grid = grid_of({"mode": "base"})
-    steps = [make_plan(grid, tmp_path, inputs_of(), "cpu", dtype).of_kind("base", "evaluate") for dtype in asked]
+    steps = [make_plan(grid, tmp_path, inputs_of(), StepFlags("cpu", dtype)).of_kind("base", "evaluate") for dtype in asked]
     assert len({step.output for step in steps if step is not None}) == 3
 
 

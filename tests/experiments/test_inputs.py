@@ -17,7 +17,7 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.estimate import estimate_steps
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import find_inputs, require_on_hub
-from cora_cli.experiments.steps import make_plan
+from cora_cli.experiments.steps import StepFlags, make_plan
 from cora_cli.models.model_path import ModelPath
 from tests.conftest import VOCABULARY
 from tests.experiments.helpers import grid_of
@@ -55,7 +55,7 @@ def test_the_data_of_a_training_on_every_answer_are_those_that_it_will_read(tiny
     defaults = {"train": {"test_dataset": held}}
     grid = grid_of(*rows, model=str(tiny_model), datasets={"data": data}, defaults=defaults)
     inputs = find_inputs(grid, tmp_path / "hashes.json")
-    plan = make_plan(grid, tmp_path / "out", inputs, "cpu", "fp32")
+    plan = make_plan(grid, tmp_path / "out", inputs, StepFlags("cpu", "fp32"))
     found = {step.facts["mode"]: step.facts["dataset"] for step in plan.steps.values() if step.kind == "train"}
     for mode, every in (("lora", True), ("full", False)):
         split = load_split(data, None, 0, None, test_dataset=held, every_answer=every)

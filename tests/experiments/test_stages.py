@@ -15,6 +15,7 @@ from cora_cli.experiments.ablate import Request, ablate, run_stages
 from cora_cli.experiments.estimate import Estimate
 from cora_cli.experiments.stage_work import stage_lines
 from cora_cli.experiments.stages import Stages
+from cora_cli.experiments.steps import StepFlags
 from cora_cli.lock import own_directory
 from cora_cli.reading import read_json
 from cora_cli.records import read_sealed
@@ -208,7 +209,7 @@ def test_a_rung_beyond_the_end_of_any_row_is_refused() -> None:
 
 def test_the_dry_run_counts_the_most_and_the_likely_runs() -> None:
     grid = staged_grid()
-    stages = Stages(grid, Path("out"), inputs_of(), "cpu", "fp32")
+    stages = Stages(grid, Path("out"), inputs_of(), StepFlags("cpu", "fp32"))
     plan = stages.plan([row for row in grid.rows if row.train is None] + [method.rows[0] for method in stages.methods()])
     rungs, confirming, work = stage_lines(grid, stages.methods(), plan, {})
     assert rungs == (
@@ -221,7 +222,7 @@ def test_the_dry_run_counts_the_most_and_the_likely_runs() -> None:
 def test_the_dry_run_counts_every_member_of_an_ensemble() -> None:
     block = {"mode": "lora", "learning_rate": RATES, "ensemble": 4}
     grid = staged_grid(block, defaults={"train": TRAIN, "evaluate": {"metrics": ["calibration"]}})
-    stages = Stages(grid, Path("out"), inputs_of(), "cpu", "fp32")
+    stages = Stages(grid, Path("out"), inputs_of(), StepFlags("cpu", "fp32"))
     methods = stages.methods()
     plan = stages.plan([method.rows[0] for method in methods])
     estimates = {name: Estimate(10.0 if step.kind == "train" else 8.0, 0) for name, step in plan.steps.items()}
@@ -279,7 +280,7 @@ def test_only_methods_that_never_trained_are_to_be_checked(sweeps: bool, tmp_pat
         grid = staged_grid(
             {"mode": [*modes], "learning_rate": RATES if sweeps else RATES[1]}, **({} if sweeps else {"sweep": None})
         )
-        rows = Stages(grid, tmp_path, inputs_of(), "cpu", "fp32").untried()
+        rows = Stages(grid, tmp_path, inputs_of(), StepFlags("cpu", "fp32")).untried()
         return {row.mode for row in rows}
 
     def fails(argv: Sequence[str]) -> str | None:
@@ -291,7 +292,7 @@ def test_only_methods_that_never_trained_are_to_be_checked(sweeps: bool, tmp_pat
     )
     assert run_staged(grid, tmp_path, SweepLauncher(distance, fails=fails)).failed
     assert untried("lora", "dora", "vera") == {"dora", "vera"}
-    changed = Stages(grid, tmp_path, inputs_of(base="another hash"), "cpu", "fp32")
+    changed = Stages(grid, tmp_path, inputs_of(base="another hash"), StepFlags("cpu", "fp32"))
     assert {row.mode for row in changed.untried()} == {"lora", "vera"}
 
 

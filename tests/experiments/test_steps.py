@@ -19,7 +19,7 @@ from cora_cli.experiments.inputs import data_key
 from cora_cli.experiments.plan_record import plan_record
 from cora_cli.experiments.plan_text import render_plan
 from cora_cli.experiments.shapes import check_shapes
-from cora_cli.experiments.steps import Plan, Step, make_plan
+from cora_cli.experiments.steps import Plan, Step, StepFlags, make_plan
 from cora_cli.experiments.trainings import GridMemory
 from cora_cli.training.config import TrainConfig
 from tests.counting import assert_linear
@@ -332,7 +332,7 @@ def test_a_plan_costs_in_proportion_to_its_rows(tmp_path: Path) -> None:
             grid = grid_of({"mode": ["fb", "lora"], "seed": list(range(rows // 2))})
             inputs = inputs_of()
             check_shapes(grid, inputs)
-            plan = make_plan(grid, tmp_path, inputs, "cpu", "fp32")
+            plan = make_plan(grid, tmp_path, inputs, StepFlags("cpu", "fp32"))
             plan_record(plan)
             estimates = estimate_steps(plan, inputs, 1e11)
             return render_plan(
@@ -368,3 +368,15 @@ def test_adapters_are_left_unmerged_where_there_are_any() -> None:
     steps = {step.name: parsed(step).merge for step in plan_of(grid).steps.values() if step.kind == "evaluate"}
     assert [name for name, merge in steps.items() if not merge] == [next(name for name in steps if "lora" in name)]
     assert len(steps) == 3
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_every_step_of_a_model_with_code_of_its_own_may_run_it(own: bool) -> None:
+    """Otherwise the flag changes nothing, so that trainings of before stay done."""
+    grid = grid_of({"mode": "fb", "n_models": 3}, {"mode": "lora", "laplace": {}}, {"mode": "base"})
+    inputs = inputs_of()
+    inputs.models["base"] = dataclasses.replace(inputs.models["base"], has_own_code=own)
+    trusted = make_plan(grid, Path("out"), inputs, StepFlags("cpu", "fp32", trust_remote_code=True))
+    kinds = {step.kind for step in trusted.steps.values() if "--trust-remote-code" in step.argv}
+    assert kinds == ({"model", "train", "laplace", "evaluate"} if own else set())
+    assert own or trusted.steps == plan_of(grid).steps

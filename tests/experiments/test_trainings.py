@@ -14,7 +14,7 @@ from cora_cli.experiments.estimate import NO_TIME_NOTE
 from cora_cli.experiments.grid import load_grid
 from cora_cli.experiments.inputs import find_inputs
 from cora_cli.experiments.ledger import Ledger
-from cora_cli.experiments.steps import make_plan
+from cora_cli.experiments.steps import StepFlags, make_plan
 from cora_cli.planning.page import size_text
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, preflight
@@ -258,7 +258,7 @@ def test_a_plan_refuses_results_of_other_settings_in_its_directory_as_the_grid_w
 ) -> None:
     out = tmp_path / "out"
     grid = load_grid(write(tmp_path, tiny_model, tiny_data, [{"mode": "lora"}]))
-    plan = make_plan(grid, out, find_inputs(grid, out / "hashes.json"), "cpu", "auto")
+    plan = make_plan(grid, out, find_inputs(grid, out / "hashes.json"), StepFlags("cpu", "auto"))
     (step,) = plan.steps.values()
     Ledger(out).start(step, {})
     assert "to do" in planned(tmp_path / "grid.yaml")

@@ -1,5 +1,6 @@
 """Models and tokenizers with Python code of their own: run when that is asked for only, and written so that they load again."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.evaluation.generate import BatchedGenerate, transformers_engine
+from cora_cli.experiments.ablate import Request, dry_run
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import check_names, load_model
 from cora_cli.models.own_code import listed_ties
@@ -252,6 +254,21 @@ def test_a_model_whose_class_lacks_what_others_have_is_trained_written_and_answe
             while len(answer) < line["new_tokens"]:
                 answer.append(int(loaded(input_ids=torch.tensor([ids + answer])).logits[0, -1].argmax()))
         assert line["prediction"].strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def test_a_grid_plans_a_model_with_code_of_its_own_where_it_may_run(tiny_data: Path, tmp_path: Path) -> None:
+    own = {"rank": 4, "max_steps": 1, "test_size": 4, "target_modules": ["layers.0"]}
+    grid = {
+        "model": str(nano(tmp_path / "base")),
+        "datasets": {"counting": str(tiny_data)},
+        "defaults": {"train": own, "evaluate": False},
+        "grid": [{"mode": "lora"}],
+    }
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
+    request = Request(tmp_path / "grid.json", tmp_path / "out", device="cpu")
+    with pytest.raises(CoraError, match=NEEDED):
+        dry_run(request)
+    assert "to do" in dry_run(dataclasses.replace(request, trust_remote_code=True))
 
 
 COMPUTED = {
