@@ -66,9 +66,13 @@ def named_by_contents(found: Sequence[Plain]) -> list[Plain]:
     models = _names("weights", _first_names([("", plain.row.model) for plain in found], weights), weights)
     # The hash is of the records as they are divided, so only that of an equal division can be compared.
     data = [of_run.get("data_sha256") for of_run in prints]
-    splits = [hashing.sha256_json([of_run.get("settings", {}).get(name) for name in SPLIT_KEYS]) for of_run in prints]
-    divided = [(split, plain.row.dataset) for split, plain in zip(splits, found, strict=True)]
-    datasets = _names("data", _first_names(divided, data), data)
+    splits = _hashes_of_settings(prints, SPLIT_KEYS)
+    scopes = _hashes_of_settings(prints, (*SPLIT_KEYS, *_OF_TRAINING_RECORDS))
+    divided = [(scope, plain.row.dataset) for scope, plain in zip(scopes, found, strict=True)]
+    named = _names("data", _first_names(divided, data), data)
+    # Runs on fewer records of a file have the same held-out ones, or the file is another one by now.
+    held_out = [plain.run.get("data", {}).get("test_sha256") for plain in found]
+    datasets = _names("held-out", list(zip(splits, named, strict=True)), held_out)
     groups = [("", f"{model} on {dataset}") for model, dataset in zip(models, datasets, strict=True)]
     groups_by_tokenizer = _names("tokenizer", groups, [of_run.get("tokenizer_sha256") for of_run in prints])
     return [
@@ -78,6 +82,14 @@ def named_by_contents(found: Sequence[Plain]) -> list[Plain]:
         )
         for plain, model, dataset, group in zip(found, models, datasets, groups_by_tokenizer, strict=True)
     ]
+
+
+_OF_TRAINING_RECORDS = ("limit", "train_on")
+"""Settings by which a run trains on fewer of the records that were divided for training."""
+
+
+def _hashes_of_settings(prints: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    return [hashing.sha256_json([of_run.get("settings", {}).get(name) for name in names]) for of_run in prints]
 
 
 _Named = tuple[str, str]

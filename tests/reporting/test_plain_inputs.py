@@ -13,11 +13,12 @@ CONTENTS = st.sampled_from(["a" * 64, "b" * 64, "c" * 64])
 MADE_OF = st.tuples(PATHS, CONTENTS, PATHS, CONTENTS, CONTENTS, st.booleans())
 
 
-def plain(model, weights, dataset, data, tokenizer, trained=True, **split):
+def plain(model, weights, dataset, data, tokenizer, trained=True, held_out=None, **split):
     row = dataclasses.replace(ROW, group="" if not trained else "any", model=model, dataset=dataset if trained else "")
     hashes = {"model_sha256": weights, "data_sha256": data, "tokenizer_sha256": tokenizer, "settings": split}
     if trained:
-        return Plain(row, {"fingerprint": {name: value for name, value in hashes.items() if value is not None}}, {})
+        prints = {name: value for name, value in hashes.items() if value is not None}
+        return Plain(row, {"fingerprint": prints, "data": {"test_sha256": held_out} if held_out else {}}, {})
     return Plain(row, {}, {"generation": {"settings": {"model_sha256": weights}}})
 
 
@@ -48,3 +49,13 @@ def test_data_that_were_divided_otherwise_have_other_hashes_and_are_the_same():
     assert {one.row.group for one in named_by_contents(rows)} == {"m on d"}
     again = [*rows, plain("m", "a", "d", "3", "t", split_seed=1)]
     assert [one.row.dataset for one in named_by_contents(again)] == ["d", "d, data sha256 2", "d, data sha256 3"]
+
+
+def test_runs_on_fewer_records_of_a_file_are_compared_unless_the_file_has_changed():
+    rows = [plain("m", "a", "d", "1", "t", held_out="x"), plain("m", "a", "d", "2", "t", held_out="x", limit=8)]
+    rows.append(plain("m", "a", "d", "3", "t", held_out="x", train_on="all"))
+    assert {one.row.group for one in named_by_contents(rows)} == {"m on d"}
+    changed = [*rows, plain("m", "a", "d", "4", "t", held_out="y", limit=4)]
+    *same, other = (one.row.dataset for one in named_by_contents(changed))
+    assert set(same) == {"d, held-out sha256 x"}
+    assert other == "d, held-out sha256 y"
