@@ -132,7 +132,7 @@ def _not_compared(results: "list[Evaluation]") -> list[str]:
     """One sentence for each evaluation with metrics that were not measured as those of the first one, as on another tokenizer's tokens."""
     first, found = results[0], []
     for result in results[1:]:
-        if names := [name for name in first.record["metrics"] if result.signature(name) != first.signature(name)]:
+        if names := [name for name in first.record["metrics"] if not result.is_measured_as(first, name)]:
             found.append(
                 f"note: {', '.join(names)} of {result.name} and of {first.name} have different signatures, so they are not compared; values per token of "
                 "different tokenizers cannot be"

@@ -18,7 +18,7 @@ from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.directory import check_nothing_is_lost
 from cora_cli.evaluation.execution.problems import Problem, programs_of
 from cora_cli.evaluation.execution.score import Executor, execute
-from cora_cli.evaluation.metrics import build_metrics, score_all
+from cora_cli.evaluation.metrics import build_metrics, comparable_signature, score_all
 from cora_cli.evaluation.metrics.calibration import tokens_of
 from cora_cli.evaluation.readability import readability
 from cora_cli.evaluation.shortcomings import count_shortcomings
@@ -44,6 +44,10 @@ class Evaluation:
     def signature(self, name: str) -> str:
         """The signature of the metric `name`, with everything that moves its value apart from the answers."""
         return str(self.record["metrics"][name]["signature"])
+
+    def is_measured_as(self, other: "Evaluation", name: str) -> bool:
+        """Whether values of the metric `name` of both can be compared."""
+        return comparable_signature(self.signature(name)) == comparable_signature(other.signature(name))
 
 
 def fetch_metrics(config: EvaluateConfig) -> None:
@@ -143,7 +147,7 @@ def paired_differences(one: Evaluation, other: Evaluation) -> dict[str, PairedDi
             "on one --dataset"
         )
     shared = [name for name in one.statistics if name in other.statistics]
-    metrics = build_metrics(name for name in shared if one.signature(name) == other.signature(name))
+    metrics = build_metrics(name for name in shared if one.is_measured_as(other, name))
     return {
         name: paired_difference(one.statistics[name], other.statistics[name], metric.value) for name, metric in metrics.items()
     }

@@ -3,7 +3,7 @@
 from typing import Any
 
 from cora_cli.errors import CoraError
-from cora_cli.evaluation.metrics import NAMES
+from cora_cli.evaluation.metrics import NAMES, comparable_signature
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.results import Result
 
@@ -25,7 +25,7 @@ def check_comparable(results: list[Result]) -> None:
                 # Different records can have as many tokens. Early versions did not record the hash.
                 key = result.record["data"].get("test_sha256") if result.record and LOSS in result.measures else None
             else:
-                key = None if measure is None else measure.signature
+                key = None if measure is None else comparable_signature(measure.signature)
             if key is None:
                 continue
             if first is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from cora_cli import hashing, records
 from cora_cli.errors import CoraError
+from cora_cli.evaluation.metrics import comparable_signature
 from cora_cli.experiments.rows import SPLIT_KEYS
 from cora_cli.reporting.report_rows import Row
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
@@ -38,7 +39,7 @@ class Plain:
     def conditions(self) -> dict[str, Any]:
         """What must be equal for the evaluations of two models to be compared: the records, the decoding and the metrics."""
         names = ("records_sha256", "template", "max_new_tokens", "decoding", "dtype")
-        signatures = {name: metric["signature"] for name, metric in self.evaluation["metrics"].items()}
+        signatures = {name: comparable_signature(metric["signature"]) for name, metric in self.evaluation["metrics"].items()}
         return {**{name: self.settings.get(name) for name in names}, "metrics": signatures}
 
 

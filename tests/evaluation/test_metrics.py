@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from rouge_score import rouge_scorer
 
 from cora_cli import embedded
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.evaluation.metrics import GROUPS, build_metrics, parse_metrics, scales, score_all
+from cora_cli.evaluation.metrics import GROUPS, build_metrics, comparable_signature, parse_metrics, scales, score_all
 from cora_cli.evaluation.metrics import TEXT_NAMES as NAMES
 from cora_cli.evaluation.metrics.bertscore import BertScore, recommended_layer
 from cora_cli.evaluation.metrics.bleu import SacreBleu
@@ -247,12 +248,15 @@ def test_texts_without_a_token_score_zero_and_stay_in_the_mean(bertscore):
     assert "|empty:0|" in bertscore.signature()
 
 
-def test_the_bertscore_signature_shows_encoder_layer_and_content(bertscore, tiny_roberta):
+def test_the_bertscore_signature_shows_encoder_layer_and_content(bertscore, tiny_roberta, tmp_path):
     embedded_signature = bertscore.signature()
     assert embedded_signature.startswith("bertscore_f1|encoder:builtin:all-MiniLM-L6-v2|layer:6|scale:NOT-roberta-large-L17|")
     own = [BertScore(str(tiny_roberta), layer=layer).signature() for layer in (2, 3)]
     assert own[0].startswith(f"bertscore_f1|encoder:{tiny_roberta}|layer:2|scale:NOT-roberta-large-L17|weights:sha256-")
     assert own[0] != own[1]
+    moved = BertScore(str(shutil.copytree(tiny_roberta, tmp_path / "elsewhere")), layer=2).signature()
+    assert moved != own[0]
+    assert comparable_signature(moved) == comparable_signature(own[0]) != comparable_signature(own[1])
     weights = {part for text in (embedded_signature, own[0]) for part in text.split("|") if part.startswith("weights:")}
     assert len(weights) == 2
 

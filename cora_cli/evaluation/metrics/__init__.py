@@ -5,6 +5,7 @@ Importing this module is fast: the dependencies of a metric are imported when th
 
 import importlib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -63,6 +64,12 @@ class ScoreReport:
     metrics: dict[str, dict[str, Any]]
     per_example: dict[str, list[float]]
     statistics: "dict[str, Floats]"
+
+
+def comparable_signature(signature: str) -> str:
+    """The signature without the name of an encoder, a folder that lies elsewhere on another machine: the hashes of its weights and of its
+    tokenizer say what it is."""
+    return re.sub(r"\|(?:encoder|scale):[^|]*", "", signature) if "|weights:sha256-" in signature else signature
 
 
 def parse_metrics(text: str) -> tuple[str, ...]:
