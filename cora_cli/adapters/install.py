@@ -78,19 +78,25 @@ def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> d
     return {name: found[name] for name in modules if name in found}
 
 
-def check_applied(model: Any, target_modules: tuple[str, ...], tokens: Sequence[int]) -> None:
-    """Pass `tokens` through `model` forward and backward, as in training with an adapter, whether it has its adapter already or not.
+def check_applied(
+    model: Any, target_modules: tuple[str, ...], tokens: Sequence[int], dtype: torch.dtype = torch.float32
+) -> None:
+    """Pass `tokens` through `model` forward and backward, as in training with an adapter in `dtype`, whether it has its adapter already or not.
 
     Raises `CoraError` for a target whose layers the pass never calls, as with Mamba's dt_proj: their weights are applied in another way, which
-    would leave out the adapter; for one that no gradient reaches; and for a model that computes no logits from token ids alone.
+    would leave out the adapter; for one that no gradient reaches; for one that is a subclass of a linear layer with an output of another shape, as
+    DeepSeek-V4's o_a_proj is; and for a model that computes no logits from token ids alone.
     """
     called: dict[str, torch.Tensor | None] = {}
+    misshapen: dict[str, str] = {}
 
     def tap(name: str) -> Callable[..., Any]:
         def add_zero(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
             called[name] = None
             if not isinstance(output, torch.Tensor):  # a router's
                 return output
+            if (linear := linear_weight(module)) and output.shape[-1] != linear.out_features:
+                misshapen[name] = type(module).__name__
             zero = called[name] = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
             return output + zero
 
@@ -108,7 +114,8 @@ def check_applied(model: Any, target_modules: tuple[str, ...], tokens: Sequence[
         model.train()
         way = "forward"
         try:
-            output = model(input_ids=torch.tensor([list(tokens)], device=model.device), **without_cache(inner))
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                output = model(input_ids=torch.tensor([list(tokens)], device=model.device), **without_cache(inner))
             if (logits := getattr(output, "logits", None)) is None:
                 raise CoraError(f"{type(inner).__name__} cannot be trained: it computes no logits of next tokens")
             way = "backward"
@@ -121,6 +128,12 @@ def check_applied(model: Any, target_modules: tuple[str, ...], tokens: Sequence[
                 f"{type(inner).__name__} cannot be trained: its {way} pass on the token ids of an example ends in {type(error).__name__} "
                 f"({reason(error)})"
             ) from error
+    if misshapen:
+        name, kind = next(iter(misshapen.items()))
+        raise CoraError(
+            f"{name} is a {kind}, whose output is not that of a linear layer, so it cannot be adapted; leave "
+            f"{next(target for target in target_modules if is_target(name, target))} out of --target-modules"
+        )
     reached = {name for name, zero in called.items() if zero is None}
     reached.update(name for name, gradient in zip(zeros, gradients, strict=True) if gradient is not None)
     for target in target_modules:

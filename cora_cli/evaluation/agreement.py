@@ -12,7 +12,7 @@ import torch
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.evaluation.decode import Tokens
 from cora_cli.evaluation.sampling import best_tokens
-from cora_cli.methods.parts.layers import transformers_model
+from cora_cli.methods.parts.layers import transformers_model, without_cache
 from cora_cli.models.causality import require_causal_pass
 from cora_cli.models.configuration import length_limits
 from cora_cli.models.loading import hides_context
@@ -48,7 +48,7 @@ class Agreement:
 
     def __init__(self, model: Any, prompts: Sequence[Tokens], alone: Callable[[Sequence[Tokens]], list[torch.Tensor]]) -> None:
         self._model, self.probes = model, make_probes(prompts, length_limits(model.config), hides_context(model.config))
-        require_causal_pass(model, self.probes[0])
+        require_causal_pass(model, self.probes[0], **without_cache(model))
         for self._dtype in (None,) if rounds_by_rows(model) else TOLERANCES:
             try:
                 with self._precision():

@@ -154,7 +154,7 @@ class _Host:
         if path is not base_path:
             for module, layer in self._layers.items():
                 _set_weight(layer, base.read(module))
-        check_applied(inner, target_modules, examples[0].input_ids[:8])
+        check_applied(inner, target_modules, examples[0].input_ids[:8], hardware.dtype)
         batching = choose_batching(
             self.model, select_packed_attention(hardware.device.type, hardware.dtype), examples, hardware
         )

@@ -39,11 +39,11 @@ def require_causal(model: Any, reference: str) -> None:
         )
 
 
-def require_causal_pass(model: Any, tokens: Sequence[int]) -> None:
+def require_causal_pass(model: Any, tokens: Sequence[int], **arguments: Any) -> None:
     """Raise `CoraError` where logits of the first half of `tokens` have a gradient in the embeddings of the second half.
 
     It is exactly 0 in a causal model, but for the rounding of convolutions by FFT. A model in which no such gradient can be computed, or that computes no
-    numbers, is not judged.
+    numbers, is not judged. The pass gets `arguments` too.
     """
     if not (half := len(tokens) // 2):
         return
@@ -56,7 +56,7 @@ def require_causal_pass(model: Any, tokens: Sequence[int]) -> None:
     handle = model.get_input_embeddings().register_forward_hook(note)
     try:
         with torch.enable_grad():
-            logits = model(input_ids=torch.tensor([list(tokens)], device=model.device)).logits
+            logits = model(input_ids=torch.tensor([list(tokens)], device=model.device), **arguments).logits
             if logits.shape[1] < len(tokens):
                 raise CoraError(
                     f"{type(model).__name__} cannot be trained: without labels, it computes logits of {logits.shape[1]} of {len(tokens)} tokens"
@@ -69,8 +69,9 @@ def require_causal_pass(model: Any, tokens: Sequence[int]) -> None:
         return
     finally:
         handle.remove()
-    later = gradient[0, half - len(tokens) :]  # some put a prompt before the tokens
-    if gradient.shape[1] >= len(tokens) and gradient.isfinite().all() and later.abs().max() > _ROUNDING * gradient.abs().max():
+    of_tokens = gradient.flatten(end_dim=-2)  # of one example, which some embed as (tokens, 1, hidden size)
+    later = of_tokens[half - len(tokens) :]  # some put a prompt before the tokens
+    if len(of_tokens) >= len(tokens) and gradient.isfinite().all() and later.abs().max() > _ROUNDING * gradient.abs().max():
         raise CoraError(
             f"the tokens of {model.config.name_or_path or 'this model'}, a {model.config.model_type} model, attend to later ones, so it cannot predict "
             "the next token; use a causal language model"

@@ -123,7 +123,7 @@ def _check_passes(config: TrainConfig, prepared: Prepared, model: Any) -> Batchi
     sets = (prepared.train, prepared.test, prepared.validation)
     examples = [example for encoded in sets for example in encoded.examples]
     if prepared.plan is not None:
-        check_applied(model, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8])
+        check_applied(model, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8], prepared.hardware.dtype)
     batching = choose_batching(model, prepared.attention, examples, prepared.hardware, trains=True)
     if config.attention != "auto" and batching.form.kind != "packed":
         raise CoraError(f"--attention {config.attention} cannot be used with {config.model}: {batching.reason}")

@@ -16,7 +16,7 @@ from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import Example
 from cora_cli.device import Hardware, PackedAttention
 from cora_cli.errors import CoraError, is_out_of_memory, reason
-from cora_cli.methods.parts.layers import transformers_model
+from cora_cli.methods.parts.layers import transformers_model, without_cache
 from cora_cli.models.causality import require_causal_pass
 from cora_cli.models.configuration import depends_on_batch, length_limits, rope_switch
 from cora_cli.models.loading import hides_context
@@ -71,7 +71,7 @@ def choose_batching(
         check = _Check(model, probes, hardware)
         if trains:
             check.compare_training_mode()
-        require_causal_pass(model, probes[-1].input_ids[:SHORT] if probes else ())
+        require_causal_pass(model, probes[-1].input_ids[:SHORT] if probes else (), **without_cache(inner))
         apart = None
         if why := cannot_pack(inner) or check.packing_fault(packs, packed.name):
             check.prefer_eager()
@@ -121,6 +121,7 @@ class _Check:
     def __init__(self, model: Any, probes: Sequence[Example], hardware: Hardware) -> None:
         self._model, self._inner, self._probes, self._hardware = model, transformers_model(model), probes, hardware
         self._keeps_logits = "logits_to_keep" in inspect.signature(self._inner.forward).parameters
+        self._cacheless: dict[str, bool] = {}
         self._dtype, self._reference = self._in_first_precision(lambda dtype: self._alone(dtype, probes))
 
     def compare_training_mode(self) -> None:
@@ -229,7 +230,7 @@ class _Check:
     def _logits(self, dtype: torch.dtype | None, ids: torch.Tensor, **kept: int) -> torch.Tensor:
         """The logits (1, tokens, vocabulary) of one example in `dtype`. Raises `_Unsupported` where the model computes none from token ids."""
         try:
-            logits = getattr(self._model(input_ids=ids, **kept), "logits", None)
+            logits = getattr(self._pass(input_ids=ids, **kept), "logits", None)
         except UNSUPPORTED as error:
             if dtype is None and is_out_of_memory(error):  # a lower precision may fit
                 raise
@@ -243,6 +244,20 @@ class _Check:
         if not isinstance(logits, torch.Tensor):
             raise _Unsupported("it computes no logits of next tokens")
         return logits
+
+    def _pass(self, **arguments: Any) -> Any:
+        """A forward pass as transformers makes it, or else as training does, without a cache: a model's own code may be made for a cache that
+        transformers no longer has."""
+        try:
+            return self._model(**arguments, **self._cacheless)
+        except UNSUPPORTED as error:
+            cacheless = without_cache(self._model)
+            if cacheless == self._cacheless or is_out_of_memory(error):
+                raise
+            forget_failed_pass(self._model)
+            output = self._model(**arguments, **cacheless)
+            self._cacheless = cacheless
+            return output
 
     def _set_attention(self, name: str) -> str | None:
         """Set an attention implementation of the model, or return why it does not take it."""

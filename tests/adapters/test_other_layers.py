@@ -193,6 +193,31 @@ def test_a_router_which_returns_more_than_its_product_counts_as_reached() -> Non
     check_applied(AutoModelForCausalLM.from_config(build("llama4_text")).eval(), ("q_proj", "router"), [1, 5, 7])
 
 
+def test_a_linear_layer_whose_output_is_of_another_shape_is_refused_by_name() -> None:
+    """As DeepSeek-V4's o_a_proj, which divides its input and its output into groups."""
+
+    class Grouped(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input).unflatten(-1, (2, -1))
+
+    model: Any = AutoModelForCausalLM.from_config(build("llama"))
+    attention = model.model.layers[0].self_attn
+    sizes = attention.o_proj.in_features, attention.o_proj.out_features
+    attention.o_proj = torch.nn.Sequential(Grouped(*sizes, bias=False), torch.nn.Flatten(-2))
+    with pytest.raises(
+        CoraError, match=r"self_attn\.o_proj\.0 is a Grouped, whose output is .*; leave o_proj\.0 out of --target"
+    ):
+        check_applied(model, ("q_proj", "o_proj.0"), [1, 5, 7])
+
+
+def test_a_family_that_computes_a_part_in_float32_is_tried_as_it_is_trained_in_bf16() -> None:
+    model: Any = AutoModelForCausalLM.from_config(build("llama")).to(torch.bfloat16)
+    model.model.norm.register_forward_hook(lambda *given: given[-1].float())
+    with pytest.raises(CoraError, match="ends in RuntimeError"):
+        check_applied(model, ("q_proj",), [1, 5, 7])
+    check_applied(model, ("q_proj",), [1, 5, 7], torch.bfloat16)
+
+
 def test_a_target_that_is_called_in_evaluation_only_is_refused_by_name() -> None:
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": [48], "num_attention_heads": 4}
     own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99, "laurel_rank": 4, "num_kv_shared_layers": 0}

@@ -78,6 +78,13 @@ def test_a_model_that_no_setting_tells_from_a_causal_one_is_refused_by_its_forwa
     require_causal_pass(AutoModelForCausalLM.from_config(build("gpt2")).eval(), [5, 6, 7, 8])
 
 
+def test_embeddings_in_the_order_of_tokens_first_are_judged_too() -> None:
+    """As of XLNet, whose embedding returns (tokens, batch, hidden size)."""
+    config = AutoConfig.for_model("xlnet", vocab_size=99, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    with pytest.raises(CoraError, match="a xlnet model, attend to later ones"):
+        require_causal_pass(AutoModelForCausalLM.from_config(config).eval(), range(3, 27))
+
+
 def test_a_model_divided_among_processes_can_be_called_again_after_a_pass_that_computes_no_gradient() -> None:
     model: Any = AutoModelForCausalLM.from_config(build("gpt2")).eval()
     calls: list[str] = []

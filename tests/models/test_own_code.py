@@ -18,6 +18,7 @@ from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.evaluation.generate import BatchedGenerate, transformers_engine
 from cora_cli.experiments.ablate import Request, dry_run
+from cora_cli.methods.parts.layers import without_cache
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import check_names, load_model
 from cora_cli.models.own_code import listed_ties
@@ -164,6 +165,8 @@ class NanoModel(PreTrainedModel{base}):
             states = states + torch.tanh(layer(means))
         return {returned}
 """
+OUTPUT = "CausalLMOutput(logits=self.head(states))"
+OLDER = "states.of_an_older_cache()"
 OLD = "def prepare_inputs_for_generation(self, input_ids, **kwargs): return {'input_ids': input_ids}"
 
 
@@ -174,7 +177,7 @@ def nano(directory: Path, tied: bool = False, **changes: str) -> Path:
         "base": "",
         "methods": "",
         "arguments": "input_ids, labels=None",
-        "returned": "CausalLMOutput(logits=self.head(states))",
+        "returned": OUTPUT,
     }
     parts["tie"] = "self.head.weight = self.tok.weight" if tied else ""
     code = NANO
@@ -211,6 +214,7 @@ GENERATES = {"generates": "GenerationMixin, ", "base": ", GenerationMixin"}
         (False, {"methods": OLD, "arguments": "input_ids, attention_mask=None"}),
         pytest.param(True, {**GENERATES, "arguments": "input_ids, **rest"}, marks=pytest.mark.slow),
         (False, {**GENERATES, "arguments": "input_ids, past_key_values=None, use_cache=None, **rest"}),
+        (False, {"arguments": "input_ids, use_cache=True", "returned": f"{OLDER} if use_cache else {OUTPUT}"}),
     ],
 )
 def test_a_model_whose_class_lacks_what_others_have_is_trained_written_and_answers(
@@ -252,7 +256,9 @@ def test_a_model_whose_class_lacks_what_others_have_is_trained_written_and_answe
         answer: list[int] = []
         with torch.no_grad():
             while len(answer) < line["new_tokens"]:
-                answer.append(int(loaded(input_ids=torch.tensor([ids + answer])).logits[0, -1].argmax()))
+                answer.append(
+                    int(loaded(input_ids=torch.tensor([ids + answer]), **without_cache(loaded)).logits[0, -1].argmax())
+                )
         assert line["prediction"].strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
