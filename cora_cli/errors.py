@@ -30,6 +30,8 @@ def reason(error: BaseException) -> str:
         return "the pickle contains more than tensors and could run code, so it was not loaded; use a safetensors copy"
     if "trust_remote_code" in text:
         return "it needs Python code of its own, which cora runs with --trust-remote-code only; read that code first"
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        return "a name in it has characters that are none in this locale, whose encoding is not UTF-8; set PYTHONUTF8=1"
     if isinstance(error, KeyError) and text:
         return f"there is no {text[:280]}"
     return text[:300] or type(error).__name__

@@ -125,8 +125,8 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
         if main:
             # An incomplete checkpoint is useless, and on a full disk it takes the space that the record needs.
             shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
-            _mark_failed(run, error)
-        raise _explained(error, run, config, prepared) from error
+            _mark_failed(run, error, _meaning(error, run, config, prepared))
+        raise _explained(error, run, _meaning(error, run, config, prepared)) from error
     _by_main(arguments, lambda: _write_end(run, outcome))
     barrier(arguments)
     return read_run(run)
@@ -366,18 +366,28 @@ def _interrupts_recorded(run: RunDirectory, main: bool) -> Iterator[None]:
         raise
 
 
-def _mark_failed(run: RunDirectory, error: Exception) -> None:
+def _meaning(error: Exception, run: RunDirectory, config: TrainConfig, prepared: Prepared) -> str | None:
+    """What a library's exception means for a run: another process is gone, or the GPU or the disk is full; None for any other."""
+    if is_lost_process(error):
+        return str(lost_process(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return str(out_of_memory(config, prepared))
+    if writing.is_disk_full(error) and not isinstance(error, CoraError):
+        return f"{writing.what_is_full(error)}: {run.root} could not be written"
+    return None
+
+
+def _mark_failed(run: RunDirectory, error: Exception, meaning: str | None) -> None:
     """Record the failure if the disk allows it; the error itself matters more than its record."""
     try:
         diverged = {"diverged": True} if isinstance(error, Diverged) else {}
-        said = str(lost_process(error) if is_lost_process(error) else error)
-        write_run(run, {**read_run(run), "status": FAILED, "error": said[:500], **diverged})
+        write_run(run, {**read_run(run), "status": FAILED, "error": (meaning or str(error))[:500], **diverged})
     except CoraError:
         say(f"{run.record} could not be updated")
 
 
-def _explained(error: Exception, run: RunDirectory, config: TrainConfig, prepared: Prepared) -> Exception:
-    """Add where the last complete checkpoint is, name a full disk whichever library reported it, and say what fits a full GPU."""
+def _explained(error: Exception, run: RunDirectory, meaning: str | None) -> Exception:
+    """Add where the last complete checkpoint is to what an exception means, see `_meaning`."""
     kept = checkpoints_in(run.checkpoints)
     where = (
         f"the last complete checkpoint is {kept[-1]}; --resume continues from it"
@@ -386,12 +396,4 @@ def _explained(error: Exception, run: RunDirectory, config: TrainConfig, prepare
     )
     if isinstance(error, Diverged):
         return Diverged(f"{error}; {where}")
-    if is_lost_process(error):
-        return CoraError(f"{lost_process(error)}; {where}")
-    if isinstance(error, CoraError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError):
-        return CoraError(f"{out_of_memory(config, prepared)}; {where}")
-    if writing.is_disk_full(error):
-        return CoraError(f"{writing.what_is_full(error)}: {run.root} could not be written; {where}")
-    return error
+    return error if meaning is None else CoraError(f"{meaning}; {where}")

@@ -167,6 +167,18 @@ def test_a_result_that_does_not_fit_on_the_disk_is_not_left_half_written(
         assert train(replace(config, resume=True))["status"] == "finished"
 
 
+def test_the_record_of_a_run_says_what_a_full_disk_is_in_torchs_words(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8192 vs 8084")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CoraError, match="the disk is full"):
+        train(config_for(tiny_model, tiny_data, tmp_path / "run", mode="lora", max_steps=1))
+    assert record_of(tmp_path / "run")["error"].startswith("the disk is full")
+
+
 def test_a_model_that_predicts_no_next_token_is_refused_before_anything_is_written(
     tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

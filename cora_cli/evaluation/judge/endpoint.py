@@ -170,7 +170,12 @@ class Endpoint:
             raise self._of_status(error) from error
         except urllib.error.URLError as error:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
-                raise Refused(f"its certificate is not valid: {error.reason.verify_message}") from error
+                raise Refused(
+                    f"its certificate is not valid: {error.reason.verify_message}; if an authority of your own signed it, name the file of that "
+                    "authority's certificate in the environment variable SSL_CERT_FILE"
+                ) from error
+            if getattr(error.reason, "reason", None) == "WRONG_VERSION_NUMBER":
+                raise Refused("it does not encrypt: its address begins with http, not https") from error
             # Nothing was sent, or the connection ended before any answer: the server may still have computed one.
             raise Unavailable(
                 self._without_key(f"no connection: {error.reason}{self._proxy}"), paid=_was_sent(error.reason)

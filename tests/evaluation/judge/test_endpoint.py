@@ -1,7 +1,11 @@
 """Faults of an endpoint, the limits on requests and cost, and what is sent and kept."""
 
+import dataclasses
 import json
 import re
+import ssl
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -208,6 +212,25 @@ def test_a_message_that_is_refused_for_what_it_says_is_a_failure_and_the_others_
             assert json.dumps(failed).count("content_filter") == 2 + requests
             assert sum(record["rubrics"]["paper"]["failed"].values()) == 2
             refused |= {len(server.requests), len(server.requests) + 1}
+
+
+def test_an_address_of_the_wrong_scheme_or_authority_is_refused_at_once_with_what_would_work(
+    tmp_path, answers, monkeypatch
+) -> None:
+    with serving() as server:
+        encrypted = judge_of(server, answers, tmp_path / "out", retries=0)
+        encrypted = dataclasses.replace(encrypted, endpoint=server.url.replace("http:", "https:"))
+        with pytest.raises(CoraError, match="begins with http, not https"):
+            judge(encrypted)
+    unknown = ssl.SSLCertVerificationError()
+    unknown.verify_message = "unable to get local issuer certificate"
+
+    def fail(*_: object, **__: object) -> None:
+        raise urllib.error.URLError(unknown)
+
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", fail)
+    with pytest.raises(CoraError, match=r"not valid: unable to get local issuer .* environment variable SSL_CERT_FILE"):
+        judge(encrypted)
 
 
 def test_an_endpoint_that_is_down_is_given_up(tmp_path, answers, monkeypatch) -> None:
