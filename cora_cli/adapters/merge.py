@@ -30,6 +30,7 @@ from cora_cli.models.configuration import load_configuration
 from cora_cli.models.fused import join_projections
 from cora_cli.models.loading import check_names, has_own_head, load_model, save_model, separate_head, stored_types
 from cora_cli.models.model_path import ModelPath
+from cora_cli.models.precision import stays_in_float32
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
@@ -70,7 +71,7 @@ _SUMS_IN_FLOAT32 = (
     *("LN_TUNING", "TRAINABLE_TOKENS"),
 )
 """PEFT's methods whose change of a linear layer in bfloat16 is computed in float32, and rounded with the sum alone."""
-_DTYPES: dict[str, torch.dtype | str] = {"stored": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES: dict[str, torch.dtype | None] = {"stored": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def merge_adapter(
@@ -103,17 +104,13 @@ def merge_adapter(
         tokenizer = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter)
     else:
         say(f"neither {adapter.reference} nor {base.reference} holds a tokenizer, and so none is written")
-    stored = stored_types(base, trust_remote_code) if dtype == "stored" else {}
-    widest = functools.reduce(torch.promote_types, stored.values()) if stored else None  # float32 for bf16 next to fp16
-    model = load_model(base, widest or _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
+    model, kinds, others = _load_base(base, dtype, trust_remote_code)
     tied, rows = not has_own_head(model), embedding_rows(model)
-    kinds = stored or {name: parameter.dtype for name, parameter in model.named_parameters()}
-    loaded_in = model.dtype
-    if loaded_in != torch.float32:
+    if model.dtype != torch.float32:
         _widen(model, adapter)
     wrapped = load_adapter(model, adapter, basis_path, base=base)
     layers = len(list(adapted_layers(wrapped)))
-    lost = say_rounded_away(wrapped, adapter, stored)
+    lost = say_rounded_away(wrapped, adapter, kinds)
     merged = merged_into_base(wrapped, adapter)
     left = embedding_rows(merged)
     if tokenizer is not None:
@@ -126,7 +123,7 @@ def merge_adapter(
     join_projections(merged)
     if tied and has_own_head(merged):
         say(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
-    _round(merged, kinds, adapter, loaded_in)
+    _round(merged, kinds, adapter, others)
     with writing.atomic_path(output, replace=False) as temporary:
         save_model(merged, base, temporary, trust_remote_code, ends=_ends(adapter, tokenizer))
         _check_written(temporary, adapter, trust_remote_code)
@@ -135,6 +132,24 @@ def merge_adapter(
         carry_record(temporary, adapter, base)
         carry_card(temporary, adapter, base, lost=lost)
     return layers
+
+
+def _load_base(
+    base: ModelPath, dtype: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, torch.dtype], torch.dtype]:
+    """The model with at least the digits of its files and of what is written, so that the sum alone is rounded; the type in which each of its weights
+    is written, by name; and that of a new one. `dtype` is that of `merge_adapter`."""
+    stored, target = stored_types(base, trust_remote_code), _DTYPES[dtype]
+    widths = [*stored.values(), *([target] if target else [])]
+    widest = functools.reduce(torch.promote_types, widths) if widths else "auto"  # float32 for bf16 next to fp16
+    model = load_model(base, widest, torch.device("cpu"), None, trust_remote_code)
+    if target is None and stored:
+        return model, stored, model.dtype
+    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    for name, kind in kinds.items():
+        if target is not None and kind.is_floating_point and not stays_in_float32(model, name):
+            kinds[name] = target
+    return model, kinds, target or model.dtype
 
 
 def _widen(model: PreTrainedModel, adapter: ModelPath) -> None:

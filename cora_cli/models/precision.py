@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -12,6 +13,11 @@ UNSUPPORTED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError,
 """What a family raises that computes some parts in a precision of its own, which does not go with another one."""
 LARGEST_IN_FLOAT64 = 1 << 24
 """Elements of the largest weight up to which double precision takes little time. Larger models have larger faults, too."""
+
+
+def stays_in_float32(model: Any, name: str) -> bool:
+    """Whether transformers keeps a weight in float32 in a model of lower precision, as the family asks for."""
+    return not set(name.split(".")).isdisjoint(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
 
 
 def forget_failed_pass(model: torch.nn.Module) -> None:

@@ -15,7 +15,7 @@ from cora_cli.device import DTYPES
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.precision import UNSUPPORTED
+from cora_cli.models.precision import UNSUPPORTED, stays_in_float32
 from cora_cli.models.skeleton import ONE_EXPERT
 from cora_cli.progress import say
 
@@ -191,9 +191,8 @@ def settle_quantized(model: Any, reference: str, dtype: torch.dtype | str, check
         # Otherwise the numbers would be quantised again as they are saved, but not the configuration.
         model._weight_conversions = None
         # Transformers leaves the others, such as the embedding, in the type of the files, which no layer could multiply by.
-        kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
         for name, parameter in model.named_parameters():
-            if isinstance(dtype, torch.dtype) and not any(part in name.split(".") for part in kept):
+            if isinstance(dtype, torch.dtype) and not stays_in_float32(model, name):
                 parameter.data = parameter.data.to(dtype)
         if set(checkpoint.types.values()) <= PLAIN_TYPES:
             say(

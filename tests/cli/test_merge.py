@@ -116,6 +116,14 @@ def test_the_precision_is_the_bases_own_unless_asked_for(
     assert load(tmp_path / "merged", "auto").dtype == stored
 
 
+def test_weights_are_rounded_once(trained: dict[str, Path], tmp_path: Path) -> None:
+    for dtype in ("bf16", "fp32"):
+        assert cora_merge(trained["lora"], "-o", tmp_path / dtype, "--dtype", dtype).exit_code == 0
+    rounded, exact = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("bf16", "fp32"))
+    for name, weight in exact.items():
+        assert torch.equal(rounded[name], weight.to(torch.bfloat16))
+
+
 def test_fp32_keeps_an_update_of_a_bf16_base_that_bf16_rounds_away(
     trained: dict[str, Path], tiny_model: Path, tiny_basis: Path, tmp_path: Path
 ) -> None:
