@@ -8,10 +8,11 @@ STAGES := startup metrics generation extraction training grid
 
 setup: $(SETUP)
 
+# Without --no-compile, pip compiles every module of torch and transformers, of which a command imports a few.
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "cora needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: $(SETUP)
@@ -41,7 +42,7 @@ families: $(SETUP)
 
 # A site of the pages in docs/, in site/; fails on a dead link.
 docs: $(SETUP)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:

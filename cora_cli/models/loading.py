@@ -105,7 +105,7 @@ def load_model(
     report: Any
     try:
         with _for_transformers(model, checkpoint) as path, listed_ties(), kept_as_read():
-            loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # output_loading_info returns a pair
+            loaded, report = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
                 attn_implementation=attention,

@@ -19,6 +19,8 @@ from cora_cli.rundir import EvaluationDirectory, RunDirectory, evaluations_in
 
 _READ = {"start_models_sha256": "start_models", "peft": "peft_config"}
 """Inputs of single methods in a fingerprint, which are compared by their hashes, and the flags that name their files."""
+_OF_NO_METHOD = frozenset({"eval_steps", "gradient_checkpointing"})
+"""Settings of a training that change nothing of what it trains."""
 
 
 def with_ranks(places: Sequence[Path]) -> list[Path]:
@@ -281,7 +283,8 @@ def _settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
     own = {name: laplace.get(name) for name in ("directions", "records", *sorted(chosen))} if laplace else {}
     fingerprint = record["fingerprint"]
     read = {name: hashing.sha256_json(fingerprint[key])[:12] for key, name in _READ.items() if key in fingerprint}
-    return {**fingerprint["settings"], "processes": record["hardware"].get("processes", 1), **read, **own}
+    settings = {name: value for name, value in fingerprint["settings"].items() if name not in _OF_NO_METHOD}
+    return {**settings, "processes": record["hardware"].get("processes", 1), **read, **own}
 
 
 def _refuse_copies(found: Sequence[Plain]) -> None:

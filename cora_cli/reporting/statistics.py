@@ -201,7 +201,7 @@ def group_methods(results: Sequence[Result]) -> list[MethodResults]:
             if one.row.seed == other.row.seed:
                 raise CoraError(
                     f"{one.row.name} and {other.row.name} are the same method with the same seed {one.row.seed}, so they would count "
-                    "twice; report one of them, or give them different labels"
+                    "twice; report one of them, or in a grid give them different labels"
                 )
         methods.append(MethodResults(tuple(members)))
     return methods

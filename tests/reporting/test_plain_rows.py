@@ -135,6 +135,8 @@ def test_seeds_on_copies_of_one_model_and_data_set_are_those_of_one_method(tmp_p
         place = "here" if seed < 2 else "there"
         record["model"]["reference"], record["data"]["dataset"] = f"/{place}/model", f"/{place}/data.jsonl"
         record["fingerprint"] |= {"model_sha256": "aa", "tokenizer_sha256": "bb", "data_sha256": "cc"}
+        watched = {"eval_steps": 1, "gradient_checkpointing": True} if seed == 3 else {}  # which train the same numbers
+        record["fingerprint"]["settings"] |= watched
         writing.write_json(folder / "run.json", record)
     (experiment,) = find_experiments([str(tmp_path)])
     (group,) = summarise(collect(experiment)).groups
