@@ -348,7 +348,7 @@ class ForwardLauncher(SweepLauncher):
         (Path(value_of(argv, "--output-dir")) / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
 
 
-@pytest.mark.parametrize("rungs", [[1, 2, 4], [2, 3]])
+@pytest.mark.parametrize("rungs", [[1, 2, 4], pytest.param([2, 3], marks=pytest.mark.slow)])
 def test_a_run_that_has_passed_a_rung_that_came_later_is_trained_again(rungs: list[int], tmp_path: Path) -> None:
     rows = {"mode": "lora", "learning_rate": RATES}
     run_staged(staged_grid(rows), tmp_path / "edited", ForwardLauncher(distance))

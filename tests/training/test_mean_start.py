@@ -25,7 +25,7 @@ from .helpers import config_for, losses, settings_of
 IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
 TAKING = [mode for mode, method in METHODS.items() if method.takes_mean_start and mode != "mean-delta"]
 OTHERS = ["dora", "hira", "mora-6", "peft", "randlora", "vera", "full"]
-QUICK = ("pissa", "dylora", "vera")
+QUICK = ("pissa", "vera")
 
 
 @torch.no_grad()

@@ -49,10 +49,7 @@ def ranks_of(output: Path) -> dict[str, int]:
 
 
 # One mode of each kind of start, storage and optimizer; the others differ from one of these in their start only.
-QUICK = (
-    *("lora", "fb", "fa-basis", "vera", "peft"),
-    *("dylora", "eigenlorax"),
-)
+QUICK = (*("lora", "fb", "fa-basis", "vera", "peft"),)
 
 
 @pytest.fixture(

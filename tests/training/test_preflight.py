@@ -174,7 +174,7 @@ def test_the_peak_of_another_family_is_that_of_the_real_training(
     assert found.parameters["trained"] == record_of(tmp_path / "run")["parameters"]["trained"]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "a chain" else ()) for name in SETTINGS])
 def test_the_peak_is_that_of_the_real_training(
     name: str, tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +194,7 @@ def test_the_peak_is_that_of_the_real_training(
         assert found.adapter_bytes == stored.stat().st_size - header
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("mode", ["lora-one", pytest.param("eva", marks=pytest.mark.slow)])
 def test_a_start_from_data_that_takes_more_than_a_step_is_the_peak(
     mode: Mode, checkpointing: bool, tiny_model: Path, tiny_data: Path, tmp_path: Path

@@ -83,7 +83,9 @@ ROUGH: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ROUGH)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "divided" in name or name == "short rows" else ()) for name in ROUGH]
+)
 def test_a_count_from_shapes_is_within_a_factor_of_two_of_the_peak(
     name: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

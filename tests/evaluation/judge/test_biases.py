@@ -34,7 +34,7 @@ def holds(found, truth):
     return found["ci95"][0] - 1e-9 <= truth <= found["ci95"][1] + 1e-9
 
 
-@pytest.mark.parametrize("slope", [0.0, 4.0, -6.0])
+@pytest.mark.parametrize("slope", [pytest.param(0.0, marks=pytest.mark.slow), 4.0, pytest.param(-6.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("noise", [2.0, 8.0])
 def test_the_length_slope_and_the_noise_are_recovered(tmp_path, slope, noise) -> None:
     found, _, _ = judged(tmp_path, Biases(slope=slope, noise=noise, good=65, bad=35), "paper")
@@ -86,7 +86,10 @@ def test_the_intervals_cover_what_is_planted_in_about_95_of_100_judgings(tmp_pat
     assert all(0.89 <= share <= 1 for share in shares.values()), shares
 
 
-@pytest.mark.parametrize(("first", "longer"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.3), (0.25, 0.4)])
+@pytest.mark.parametrize(
+    ("first", "longer"),
+    [*(pytest.param(*each, marks=pytest.mark.slow) for each in ((0.0, 0.0), (0.3, 0.0), (0.0, 0.3))), (0.25, 0.4)],
+)
 def test_order_bias_and_length_bias_of_pairs_are_recovered(tmp_path, first, longer) -> None:
     found, _, _ = judged(tmp_path, Biases(first=first, longer=longer), "preference", count=60)
     pairs = found["pairs"]
