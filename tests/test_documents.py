@@ -43,7 +43,7 @@ def test_install_commands_name_this_distribution_its_extras_or_known_packages():
     commands = install_commands()
     assert len(commands) >= 5
     for file, arguments in commands:
-        options_removed = re.sub(r"-c +\S+|--constraint +\S+|-e\b|--editable\b|--quiet\b", "", arguments)
+        options_removed = re.sub(r"-c +\S+|--constraint +\S+|-e\b|--editable\b|--quiet\b|--no-compile\b", "", arguments)
         for requirement in re.findall(r"[^\s'\"]+", options_removed):
             name, _, extras = requirement.rstrip("].").partition("[") if requirement != "." else (".", "", "")
             name = name.partition("==")[0]

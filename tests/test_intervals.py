@@ -134,7 +134,7 @@ def test_one_example_decides_nothing():
     assert result.ci95 is None
 
 
-@pytest.mark.parametrize("n", [20, 40])
+@pytest.mark.parametrize("n", [20, pytest.param(40, marks=pytest.mark.slow)])
 def test_intervals_of_few_skewed_pairs_cover_the_true_difference(n):
     # The percentile bootstrap covered 0.90 at n = 20.
     rng = np.random.default_rng(n)

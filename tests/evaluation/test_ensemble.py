@@ -60,7 +60,7 @@ def alone(members: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory) -
     return places
 
 
-@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("merge", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_probabilities_are_the_means_of_the_members_and_so_the_nll_is_at_most_their_mean(
     members: tuple[Path, ...], alone: list[Path], tmp_path: Path, merge: bool
 ):

@@ -18,7 +18,7 @@ from .helpers import FAST
 CASES: list[dict[str, Any]] = [{}, {"temperature": 0.8, "samples": 2}]
 
 
-@pytest.mark.parametrize("settings", CASES)
+@pytest.mark.parametrize("settings", [pytest.param(CASES[0], marks=pytest.mark.slow), CASES[1]])
 def test_two_processes_answer_as_one(settings: dict[str, Any], trained: dict[str, Path], records: Path, tmp_path: Path) -> None:
     runs = (str(trained["lora"]),)
     one, two = (

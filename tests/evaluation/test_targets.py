@@ -319,7 +319,7 @@ def test_a_run_knows_the_prompts_of_the_models_behind_its_basis_and_of_those_tha
     assert trained_on(resolve_model(str(run))).prompts >= earlier
 
 
-@pytest.mark.parametrize("file", ["trained_prompts.txt", "run.json"])
+@pytest.mark.parametrize("file", ["trained_prompts.txt", pytest.param("run.json", marks=pytest.mark.slow)])
 def test_a_basis_serves_a_training_where_the_record_of_one_of_its_sources_is_damaged(
     file: str, tiny_model: Path, tiny_data: Path, tmp_path: Path, capfd
 ):

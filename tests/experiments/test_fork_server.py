@@ -73,7 +73,7 @@ def run(launcher: LocalLauncher, code: str, place: Path) -> tuple[int, str]:
     [
         ("pass", 0),
         ("sys.exit(7)", 7),
-        ("raise ValueError('wrong')", 1),
+        pytest.param("raise ValueError('wrong')", 1, marks=pytest.mark.slow),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
         ("import ctypes; ctypes.string_at(0)", -signal.SIGSEGV),
     ],

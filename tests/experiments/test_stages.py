@@ -164,7 +164,7 @@ def test_a_changed_loss_file_is_measured_again(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["validation"]["loss"] == 1.48
 
 
-@pytest.mark.parametrize("damage", ["an earlier loss", "the directory"])
+@pytest.mark.parametrize("damage", ["an earlier loss", pytest.param("the directory", marks=pytest.mark.slow)])
 def test_a_rate_that_lost_what_it_was_measured_by_is_measured_again_at_every_rung(damage: str, tmp_path: Path) -> None:
     grid = staged_grid({"mode": "lora", "learning_rate": RATES})
     run_staged(grid, tmp_path, SweepLauncher(distance))

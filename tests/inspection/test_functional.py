@@ -256,8 +256,8 @@ def expected_replacements(
     ("kind", "side"),
     [
         ("adapters", "output"),
-        ("adapters", "input"),
-        ("complete", "output"),
+        pytest.param("adapters", "input", marks=pytest.mark.slow),
+        pytest.param("complete", "output", marks=pytest.mark.slow),
         ("complete", "input"),
         ("adapters of more", "output"),
     ],

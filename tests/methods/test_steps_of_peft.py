@@ -116,7 +116,10 @@ def step(model: Model, optimizer: torch.optim.Optimizer) -> float:
     return loss.item()
 
 
-@pytest.mark.parametrize("mode", PEERS)
+QUICK = ("lora", "lora+", "dora", "pissa", "vera", "vb-lora")
+
+
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=() if mode in QUICK else pytest.mark.slow) for mode in PEERS])
 def test_twenty_steps_are_those_of_peft(mode: str, tiny_model: Path) -> None:
     plan = plan_of(mode, **PLAN, **SMALL.get(mode, {}))
     ours = install_adapter(load(tiny_model), plan, None)

@@ -21,7 +21,7 @@ from cora_cli.experiments.ablate import Request, dry_run
 from cora_cli.methods.parts.layers import without_cache
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import check_names, load_model
-from cora_cli.models.own_code import listed_ties
+from cora_cli.models.own_code.ties import listed_ties
 from cora_cli.models.precision import computing_in
 from cora_cli.models.references import resolve_model
 from cora_cli.models.skeleton import build_skeleton

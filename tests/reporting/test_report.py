@@ -127,8 +127,8 @@ def test_every_format_and_every_plot_is_written(written):
 @pytest.mark.parametrize(
     ("methods", "drawn"),
     [
-        ([(4, 1), (8, 2)], {}),
-        ([(4, 1), (8, 1)], {"1-by-rank": ["fb"]}),
+        pytest.param([(4, 1), (8, 2)], {}, marks=pytest.mark.slow),
+        pytest.param([(4, 1), (8, 1)], {"1-by-rank": ["fb"]}, marks=pytest.mark.slow),
         ([(4, 1), (8, 1), (4, 2), (8, 2)], {"1-by-number-of-models": ["fb r=4", "fb r=8"], "1-by-rank": ["fb n=1", "fb n=2"]}),
     ],
 )

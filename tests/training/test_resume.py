@@ -73,11 +73,19 @@ def assert_same_run(output: Path, expected: Path) -> None:
             id="after a checkpoint between epochs",
             marks=pytest.mark.slow,
         ),
-        pytest.param(("transformers.Trainer._save_optimizer_and_scheduler", 2), {}, 4, id="in a half-written checkpoint"),
+        pytest.param(
+            ("transformers.Trainer._save_optimizer_and_scheduler", 2),
+            {},
+            4,
+            id="in a half-written checkpoint",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(("pathlib.Path.rename", 2), {}, 4, id="before a checkpoint gets its name", marks=pytest.mark.slow),
         pytest.param(("shutil.rmtree", 2), {"keep_checkpoints": 1}, 8, id="while an old checkpoint is removed"),
         pytest.param(("cora_cli.training.run._save_result", 1), {}, 14, id="after the last step", marks=pytest.mark.slow),
-        pytest.param(("cora_cli.adapters.storage.save_file", 1), {}, 14, id="while the adapter is written"),
+        pytest.param(
+            ("cora_cli.adapters.storage.save_file", 1), {}, 14, id="while the adapter is written", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_killed_run_resumes_to_the_same_bits(

@@ -75,7 +75,7 @@ def summed_losses(model: Any, examples: list[Example]) -> tuple[torch.Tensor, in
     return torch.stack([part.sum() for part in losses_.split(answered.sum(1).tolist())]), int(answered.sum())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=pytest.mark.slow if "," in mode else ()) for mode in MODES])
 def test_every_mode_leaves_a_whole_run(mode: str, tiny_model: Path, tiny_data: Path, tiny_basis: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     config = config_for(tiny_model, tiny_data, output, **settings_of(mode, tiny_basis))
