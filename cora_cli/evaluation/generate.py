@@ -25,7 +25,7 @@ from cora_cli.evaluation.thoughts import text_of
 from cora_cli.methods.parts.layers import has_invocation, transformers_model
 from cora_cli.models.configuration import depends_on_batch, rope_switch
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.own_code import has_own_code
+from cora_cli.models.own_code.classes import has_own_code
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_jsonl
 from cora_cli.records import PartialPrediction

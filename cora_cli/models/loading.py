@@ -19,7 +19,9 @@ from cora_cli.models.causality import require_causal
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
 from cora_cli.models.configuration import RESCALED, keep_scales, load_configuration
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.own_code import complete_class, has_own_code, kept_as_read, listed_ties, restore_buffers
+from cora_cli.models.own_code.classes import complete_class, has_own_code
+from cora_cli.models.own_code.ties import listed_ties
+from cora_cli.models.own_code.unstored import kept_as_read, restore_buffers
 from cora_cli.models.quantized import (
     PLAIN_COPY,
     ask_for_plain,

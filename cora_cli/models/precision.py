@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cora_cli.models.own_code import containers
+from cora_cli.models.own_code.unstored import containers
 
 UNSUPPORTED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 """What a family raises that computes some parts in a precision of its own, which does not go with another one."""

@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.own_code import complete_class, has_own_code, listed_ties
+from cora_cli.models.own_code.classes import complete_class, has_own_code
+from cora_cli.models.own_code.ties import listed_ties
 
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
