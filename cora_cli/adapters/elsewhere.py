@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cora_cli.adapters.facts import read_facts
+from cora_cli.adapters.peft_settings import DEFAULT_RANK
 from cora_cli.errors import CoraError
 from cora_cli.methods.registry import method_of
 from cora_cli.models.model_path import ModelPath
@@ -63,7 +64,8 @@ def vllm_rank(adapter: ModelPath) -> int:
         raise CoraError(
             f"{adapter.reference} has a {patterns[0]}, but vLLM scales all layers alike; `cora export` writes it with one rank and scale"
         )
-    fitting = [size for size in LORA_RANKS if size >= config["r"]]
+    rank = config.get("r", DEFAULT_RANK)
+    fitting = [size for size in LORA_RANKS if size >= rank]
     if not fitting:
-        raise CoraError(f"{adapter.reference} has rank {config['r']}, but vLLM supports ranks up to {LORA_RANKS[-1]}")
+        raise CoraError(f"{adapter.reference} has rank {rank}, but vLLM supports ranks up to {LORA_RANKS[-1]}")
     return fitting[0]

@@ -19,8 +19,8 @@ from cora_cli.progress import say
 
 _KINDS = {str(name.value): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 """PEFT's classes of configurations by `peft_type`."""
-DEFAULT_ALPHA = LoraConfig.lora_alpha
-"""The alpha of a LoRA whose configuration has none."""
+DEFAULT_RANK, DEFAULT_ALPHA = LoraConfig.r, LoraConfig.lora_alpha
+"""The r and the alpha of a LoRA whose configuration has none."""
 OF_TRAINING = re.compile(r"\.lora_(velora_embed|monteclora_sampler)\b")
 """In the names of tensors that act in training alone: VeLoRA's, which compress its activations, and those from which MonteCLoRA draws."""
 

@@ -13,6 +13,7 @@ from cora_cli import writing
 from cora_cli.device import planned_hardware, select_hardware
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.execution.sandbox import require_sandbox
+from cora_cli.experiments.bases import check_bases
 from cora_cli.experiments.estimate import (
     estimate_steps,
     matmul_rate,
@@ -100,6 +101,7 @@ def dry_run(request: Request, width: int | None = None) -> str:
     # Without earlier steps nothing is done yet, so there is no need to hash weights.
     inputs = find_inputs(grid, out / _HASHES if (out / "steps").is_dir() else None, request.trust_remote_code, weights=False)
     check_shapes(grid, inputs)
+    check_bases(grid, inputs, planned=True)
     rate, machine = planned_rate(request.device)
     if grid.has_stages:
         return _dryrun_stages(request, grid, out, inputs, rate, machine, width)
@@ -164,6 +166,7 @@ def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
         inputs = find_inputs(grid, out / _HASHES, request.trust_remote_code)
         inputs.require_all()
         check_shapes(grid, inputs)
+        check_bases(grid, inputs)
         launcher = _launcher(request, grid, out, inputs, held)
         if grid.has_stages:
             untried = Stages(grid, out, inputs, request.flags).untried()

@@ -126,7 +126,7 @@ def check_trainings(
         if training.config.dataset in inputs.unresolved:
             continue
         try:
-            with _quiet():
+            with quiet():
                 prepared = prepare(training.config, planned=hardware, shared=shared)
                 _check_starts(training, prepared, inputs)
                 if training.config.learning_rate == AUTO:
@@ -181,7 +181,7 @@ def measure_memory(
     with progress("measuring memory", len(order), "trainings") as shown:
         for key in order:
             try:
-                with _quiet():
+                with quiet():
                     measured = plan_run(*first[key], seeds[key]).measured
             except CoraError as error:
                 raise type(error)(f"{rows[key][0]}: {error}") from error
@@ -221,7 +221,7 @@ def _default_count(prepared: Prepared) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the notices of the single run, which its own log will have."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

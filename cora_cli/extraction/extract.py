@@ -6,7 +6,7 @@ This is the entry point of `cora extract-basis`; the mathematics is in `merge` a
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -121,17 +121,8 @@ def extract_basis(
     """
     began = time.perf_counter()
     check_place(models, output, choices, base, overwrite)
-    for model in models:
-        if base is not None and model.is_adapter:
-            say_other_base(model, base)
-    if base is None:
-        say_different_bases(models)
     base_source = open_source(base) if base else None
-    sources = [open_source(model, base_source) for model in models]
-    subtracted = base_source if choices.source == "delta" else None
-    groups = plan(sources, subtracted, choices)
-    for source in sources:
-        source.say_left_out(choices.target_modules)
+    sources, subtracted, groups = open_sources(models, choices, base, base_source, open_source)
     basis, seconds_decomposing = _extract(groups, sources, subtracted, choices, output, device)
     for one, other in itertools.combinations(basis.sources, 2):
         if one.hash == other.hash:
@@ -155,13 +146,38 @@ def extract_basis(
     )
 
 
+def open_sources(
+    models: Sequence[ModelPath],
+    choices: BasisChoices,
+    base: ModelPath | None,
+    base_source: WeightSource | None,
+    opening: Callable[[ModelPath, WeightSource | None], WeightSource],
+) -> tuple[list[WeightSource], WeightSource | None, list[Group]]:
+    """The models' weights, those that are subtracted, and the groups to decompose; reads no tensor.
+
+    `base_source` has the weights of `base`, `opening` is `open_source` or `open_planned`. Says what of the models is not read, and which were trained
+    on another base. Raises `CoraError` where files, shapes or choices do not fit, or a model would count twice.
+    """
+    _refuse_repeated(models)
+    for model in models:
+        if base is not None and model.is_adapter:
+            say_other_base(model, base)
+    if base is None:
+        say_different_bases(models)
+    sources = [opening(model, base_source) for model in models]
+    subtracted = base_source if choices.source == "delta" else None
+    groups = plan(sources, subtracted, choices)
+    for source in sources:
+        source.say_left_out(choices.target_modules)
+    return sources, subtracted, groups
+
+
 def check_place(
     models: Sequence[ModelPath], output: Path, choices: BasisChoices, base: ModelPath | None, overwrite: bool
 ) -> None:
     """Raise `CoraError` for models, a base or an output that cannot be those of an extraction."""
     if not models:
         raise UsageError("no model was given; name at least one to extract a basis from")
-    _refuse_repeated(models)
     choices.require_base(base is not None)
     if output.is_dir() or (output.exists() and not overwrite):
         remedy = "name a file instead" if output.is_dir() else "use --overwrite to replace it"

@@ -7,9 +7,9 @@ import torch
 
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.extraction.decompose import decomposes_gram
-from cora_cli.extraction.extract import check_place
+from cora_cli.extraction.extract import check_place, open_sources
 from cora_cli.extraction.gram import lanczos_is_faster
-from cora_cli.extraction.merge import Group, is_low_rank, plan
+from cora_cli.extraction.merge import Group, is_low_rank
 from cora_cli.models.model_path import ModelPath
 from cora_cli.planning.page import file_lines, memory_lines, size_text
 from cora_cli.weights.planned import open_planned
@@ -30,11 +30,7 @@ def preflight(
     """The plan as a page of text. Writes nothing, and raises `CoraError` as `extract_basis` does before it reads a tensor."""
     check_place(models, output, choices, base, overwrite)
     base_source = open_planned(base) if base else None
-    sources = [open_planned(model, base_source) for model in models]
-    subtracted = base_source if choices.source == "delta" else None
-    groups = plan(sources, subtracted, choices)
-    for source in sources:
-        source.say_left_out(choices.target_modules)
+    sources, subtracted, groups = open_sources(models, choices, base, base_source, open_planned)
     modules = [module for group in groups for module in group.modules]
     passes = 2 if any(len(group.modules) > 1 for group in groups) else 1
     reads = {

@@ -20,6 +20,7 @@ from cora_cli.adapters.loading import check_start
 from cora_cli.adapters.names import is_target
 from cora_cli.adapters.peft_settings import (
     DEFAULT_ALPHA,
+    DEFAULT_RANK,
     OF_TRAINING,
     pattern_value,
     say_other_weight_files,
@@ -170,7 +171,7 @@ class AdapterFactors:
                 raise CoraError(f"{self.reference}: {keys['A']} matches no module of its base {base}; {remedy}")
             rank, in_features = self._shape(keys["A"])
             out_features, rank_of_b = (shapes[module][0], rank) if self._starting_b else self._shape(keys["B"])
-            stated = pattern_value(self.config.get("rank_pattern"), self._named(module), self.config.get("r"))
+            stated = pattern_value(self.config.get("rank_pattern"), self._named(module), self.config.get("r", DEFAULT_RANK))
             if (out_features, in_features) != shapes[module] or not rank == rank_of_b == stated:
                 raise CoraError(
                     f"{self.reference}: {module} has lora_A {(rank, in_features)} and lora_B {(out_features, rank_of_b)}, "

@@ -1,11 +1,15 @@
 """The trainings of a grid in its plan: checked as their runs check themselves, and measured as `cora train --dry-run` measures them."""
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 from cora_cli.errors import CoraError
 from cora_cli.experiments import trainings
@@ -251,6 +255,35 @@ def test_a_plan_refuses_what_a_run_refuses_at_its_start(
     assert str(refused.value) == str(caught.value)
     assert not (tmp_path / "out" / "runs").exists()
     assert not (tmp_path / "out" / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"), [({"use_dora": True}, "was trained with use_dora"), ({}, None)], ids=["a DoRA", "of another base"]
+)
+def test_a_plan_says_of_the_adapters_behind_a_basis_what_its_extraction_would(
+    settings: dict[str, Any],
+    refused: str | None,
+    tiny_model: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], **settings)
+    get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model), config).save_pretrained(tmp_path / "adapter")
+    stated = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    stated["base_model_name_or_path"] = str(tiny_model) if refused else "org/another"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(stated))
+    defaults = {"train": TRAIN, "basis": {"source": "delta"}, "evaluate": False}
+    blocks = [{"mode": "lora"}, {"mode": "fb", "seed": [0, 1]}]
+    grid = write(tmp_path, tiny_model, tiny_data, blocks, models={"one": str(tmp_path / "adapter")}, defaults=defaults)
+    calls = [lambda: planned(grid, measure=0)]
+    if refused:
+        calls.append(lambda: ablate(Request(grid, tmp_path / "out", device="cpu"), lambda *_: {}))
+    for call in calls:
+        with pytest.raises(CoraError, match=f"^cora-fb.*: .*{refused}") if refused else contextlib.nullcontext():
+            call()
+    assert refused or f"names org/another as its base model; {tiny_model} is taken in its place" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "runs").exists()
 
 
 def test_a_plan_refuses_results_of_other_settings_in_its_directory_as_the_grid_would(

@@ -247,6 +247,15 @@ def test_a_lora_without_alpha_has_the_default_of_peft_as_it_has_in_peft_and_it_i
     assert "adapter_config.json has no lora_alpha; PEFT's default, 8, is used" in capsys.readouterr().err
 
 
+def test_a_lora_without_r_has_the_default_of_peft(grouped_models, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(LlamaForCausalLM.from_pretrained(grouped_models[0]), config).save_pretrained(tmp_path)
+    expected = open_source(local(tmp_path), open_source(local(grouped_models[0]))).read(Q0)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "r"}))
+    assert torch.equal(open_source(local(tmp_path), open_source(local(grouped_models[0]))).read(Q0), expected)
+
+
 def test_the_content_hash_covers_factors_scale_and_base(copy, plain, grouped_models):
     original = open_source(local(plain)).content_hash([Q0])
     other_base = open_source(local(plain), open_source(local(grouped_models[1]))).content_hash([Q0])
