@@ -3,13 +3,14 @@
 On a terminal this is a bar with the rate and the time left; elsewhere it is a plain line every few seconds.
 """
 
+import io
 import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -29,6 +30,13 @@ def say(message: str, folds: bool = True) -> None:
         text = printable(message)
         folded_text = folded(text, shutil.get_terminal_size().columns) if folds and sys.stderr.isatty() else text
         print(folded_text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what `say` and others print on stderr."""
+    with redirect_stderr(io.StringIO()):
+        yield
 
 
 class Progress:

@@ -7,10 +7,10 @@ from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import Inputs
-from cora_cli.experiments.trainings import quiet
 from cora_cli.extraction.extract import open_sources
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.references import resolve_model
+from cora_cli.progress import quiet
 from cora_cli.weights.planned import open_planned
 
 

@@ -3,10 +3,8 @@
 Rows that differ only in learning rate, seed and the like are one training here. No weights are read, and a basis need not exist yet.
 """
 
-import contextlib
 import dataclasses
-import io
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from cora_cli.device import Hardware
@@ -18,7 +16,7 @@ from cora_cli.experiments.rows import Row, short
 from cora_cli.experiments.steps import Plan, StepFlags
 from cora_cli.methods.registry import method_of
 from cora_cli.planning.page import CARDS, fits, size_text
-from cora_cli.progress import progress
+from cora_cli.progress import progress, quiet
 from cora_cli.render.table import Cell, table_text
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, plan_run
@@ -126,7 +124,7 @@ def check_trainings(
         if training.config.dataset in inputs.unresolved:
             continue
         try:
-            with quiet():
+            with quiet():  # the run's own log will have its notices
                 prepared = prepare(training.config, planned=hardware, shared=shared)
                 _check_starts(training, prepared, inputs)
                 if training.config.learning_rate == AUTO:
@@ -218,13 +216,6 @@ def _seeds(row: Row, grid: Grid) -> set[int]:
 
 def _default_count(prepared: Prepared) -> int:
     return min(MOST, max(1, LAYERS // int(prepared.model_config.get_text_config(decoder=True).num_hidden_layers)))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the notices of the single run, which its own log will have."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
 
 
 def memory_cell(row: Row, memory: GridMemory) -> str:
