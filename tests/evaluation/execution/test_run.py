@@ -85,6 +85,30 @@ RIGHT = {
         "p = Point(1)\nassert move(p) is p and p.x == 2 and p == Point(2, 0) and Point(1) < Point(2) and repr(p) == 'Point(x=2, y=0)'\np.y = 5\nassert p.y == 5 and p != Point(2)",
     ),
     "many calls": ("def f(xs): return [x + 1 for x in xs]", "for i in range(300):\n    xs = list(range(i))\n    assert f(xs) == [x + 1 for x in xs]"),
+    "rarer values": (
+        "from array import array\nfrom pathlib import Path\nfrom uuid import UUID\ndef parent(p): return p.parent\ndef uuid(text): return UUID(text)\ndef grow(a): a.append(3); return a",
+        "from array import array\nfrom pathlib import Path\nfrom uuid import UUID\nassert parent(Path('/a/b')) == Path('/a') and uuid('0' * 32) == UUID('0' * 32)\n"
+        "a = array('i', [1])\nassert grow(a) is a and a == array('i', [1, 3])",
+    ),
+    "the class of an object": (
+        "class Empty(ValueError): pass\nclass Items(list): pass\nclass Base: pass\nclass Derived(Base):\n    'Says what it is.'\n    def __init__(self): self.inside = [1]\ndef empty(): return Empty('none')",
+        "d = Derived()\nassert type(d) is Derived and d.__class__.__name__ == 'Derived' and isinstance(d, Base) and not isinstance(d, (int, str)) and d.__doc__ == 'Says what it is.'\n"
+        "assert isinstance(Items(), list) and isinstance(empty(), ValueError) and isinstance(empty(), Empty)\n"
+        "assert type(3) is int and type(int) is type and type(Derived) is type and isinstance(Derived, type)",
+    ),
+    "copies of an object": (
+        "class Box:\n    def __init__(self): self.inside = [1]",
+        "import copy\nb = Box()\nshallow, deep = copy.copy(b), copy.deepcopy(b)\nshallow.inside.append(2)\nassert b.inside == [1, 2] and deep.inside == [1] and deep is not b",
+    ),
+    "a global variable changes": (
+        "count = 0\nnames = []\ndef note(name):\n    global count, names\n    count += 1\n    names = [*names, name]",
+        "note('a')\nassert count == 1 and names == ['a']\ndef later():\n    note('b')\n    return count\nassert later() == 2 and names == ['a', 'b']",
+    ),
+    "coroutines": (
+        "import asyncio\nasync def double(x):\n    await asyncio.sleep(0)\n    if x < 0: raise ValueError('negative')\n    return [2 * x]",
+        "import asyncio\nasync def both(): return await asyncio.gather(double(1), double(2))\nassert asyncio.run(double(3)) == [6] and asyncio.run(both()) == [[2], [4]]\n"
+        "try:\n    asyncio.run(double(-1))\nexcept ValueError as error:\n    assert str(error) == 'negative'\nelse:\n    assert False",
+    ),
     "its main part is not run": ("def f(): return 1\nif __name__ == '__main__':\n    print(input())", "assert f() == 1"),
     "standard output": ("def f():\n    print('hello')\n    return 1", "assert f() == 1"),
     "asyncio": ("import asyncio\nasync def g(): return 5\ndef f(): return asyncio.run(g())", "assert f() == 5"),

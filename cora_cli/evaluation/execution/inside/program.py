@@ -5,6 +5,8 @@ values, and judge what they receive.
 """
 
 import ast
+import copy
+import inspect
 import json
 import operator
 import os
@@ -42,7 +44,8 @@ _OPERATIONS: dict[str, Any] = {
         one.__name__: one
         for one in (len, iter, next, bool, str, repr, format, int, float, complex, round, abs, hash, reversed, divmod)
     },
-    **{one.__name__: one for one in (getattr, setattr, delattr, isinstance, issubclass)},
+    "type": type,
+    **{one.__name__: one for one in (getattr, setattr, delattr, isinstance, issubclass, copy.copy, copy.deepcopy)},
 }
 
 
@@ -71,16 +74,34 @@ class Program(Peer):
 
     namespace: dict[str, Any]
 
+    def __init__(self, receiving: int, sending: int, prefix: str) -> None:
+        super().__init__(receiving, sending, prefix)
+        self._globals: dict[str, Any] = {}
+        """The values that the tests have for the names that they asked for."""
+
+    def send(self, message: dict[str, Any]) -> None:
+        """See `Peer`. A name that has another value since, as after a `global` statement, is sent again."""
+        found = {name: self.namespace.get(name) for name in self._globals}
+        found = {name: value for name, value in found.items() if value is not self._globals[name]}
+        self._globals |= found
+        message["globals"] = {name: self.encode(value) for name, value in found.items()}
+        super().send(message)
+
     def answer(self, request: dict[str, Any]) -> Any:
-        """Look up a global name, call something, or apply one of the operations."""
+        """Look up a global name, call or await something, or apply one of the operations."""
         values = [self.decode(value) for value in request["with"]]
         if request["do"] == "global":
-            return self.namespace[values[0]]
+            self._globals[values[0]] = found = self.namespace[values[0]]
+            return found
         if request["do"] == "call":
             function, args, kwargs = values
             return function(*args, **dict(kwargs))
         if request["do"] == "plain":
             return self._plain(values[0])
+        if request["do"] == "await":
+            import asyncio
+
+            return asyncio.run(values[0])
         return _OPERATIONS[request["do"]](*values)
 
     @staticmethod
@@ -97,8 +118,9 @@ class Program(Peer):
         return value.name_there if type(value) in (_Function, _Iterator) else None
 
     def facts(self, value: Any) -> dict[str, Any]:
-        """The name of its class, and for a class of exceptions those that it inherits from."""
-        found: dict[str, Any] = {"class": type(value).__name__}
+        """The classes that its class inherits from, the nearest first; the same of itself for a class of exceptions."""
+        found: dict[str, Any] = {"classes": [(one.__module__, one.__name__) for one in type(value).__mro__]}
+        found["coroutine"] = inspect.iscoroutine(value)
         if isinstance(value, type) and issubclass(value, BaseException):
             found["exception"] = [(one.__module__, one.__name__) for one in value.__mro__ if issubclass(one, BaseException)]
         return found

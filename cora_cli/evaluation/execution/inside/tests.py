@@ -40,12 +40,12 @@ _REFUSED = {
 class Remote:
     """An object of the program."""
 
-    __slots__ = ("__weakref__", "_remote_facts", "_remote_name", "_remote_peer")
+    __slots__ = ("__weakref__", "_remote_classes", "_remote_name", "_remote_peer")
 
-    def __init__(self, peer: "Tests", name: str, facts: dict[str, Any]) -> None:
+    def __init__(self, peer: "Tests", name: str, classes: list[tuple[str, str]]) -> None:
         object.__setattr__(self, "_remote_peer", peer)
         object.__setattr__(self, "_remote_name", name)
-        object.__setattr__(self, "_remote_facts", facts)
+        object.__setattr__(self, "_remote_classes", classes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         return self._remote_peer.request("call", self, args, tuple(kwargs.items()))
@@ -64,6 +64,14 @@ class Remote:
 
     def __subclasscheck__(self, subclass: Any) -> bool:
         return bool(self._remote_peer.request("issubclass", subclass, self))
+
+    @property  # type: ignore[misc]  # which is only read
+    def __class__(self) -> Any:
+        """A class like that of the object, so that `isinstance` knows the built-in classes that it inherits from."""
+        return self._remote_peer.class_named(self._remote_classes)
+
+    def __deepcopy__(self, _: Any) -> Any:
+        return self._remote_peer.request("deepcopy", self)
 
     def __enter__(self) -> Any:
         return self._remote_peer.request("getattr", self, "__enter__")()
@@ -89,9 +97,14 @@ class Remote:
         return int(self._remote_peer.request("hash", self)) if _is_own(self) else hash(self._remote_name)
 
 
+def _names(classes: Any) -> list[tuple[str, str]]:
+    """The modules and names of classes, as the program sends them."""
+    return [(str(module), str(name)) for module, name in classes] or [("builtins", "object")]
+
+
 def _is_own(value: Remote) -> bool:
     """Whether an object is of a class that the problem asks for, whose operators are therefore under test."""
-    return value._remote_facts.get("class") in value._remote_peer.classes
+    return value._remote_classes[0][1] in value._remote_peer.classes
 
 
 def _may_see(value: Remote, other: object) -> bool:
@@ -109,7 +122,7 @@ def _unary(operation: str) -> Any:
 def _binary(operation: str, reflected: bool = False) -> Any:
     def method(self: Remote, other: Any) -> Any:
         if not _may_see(self, other):
-            kind = self._remote_facts.get("class")
+            kind = self._remote_classes[0][1]
             raise TypeError(
                 f"{operation}: the program returned an object of its class {kind!r} where a plain value is expected"
             )
@@ -139,6 +152,7 @@ for _name in [
     "getitem",
     "setitem",
     "delitem",
+    "copy",
 ]:
     setattr(Remote, f"__{_name}__", _unary(_name))
 for _name in ["lt", "le", "gt", "ge", *IN_PLACE]:
@@ -146,6 +160,29 @@ for _name in ["lt", "le", "gt", "ge", *IN_PLACE]:
 for _name in [*BINARY, "divmod"]:
     setattr(Remote, f"__{_name.strip('_')}__", _binary(_name))
     setattr(Remote, f"__r{_name.strip('_')}__", _binary(_name, reflected=True))
+Remote.__doc__ = property(lambda self: self._remote_peer.request("getattr", self, "__doc__"))  # type: ignore[assignment]
+
+
+class _Types(type):
+    """What makes `type` of the tests (`TypeOf`) act like Python's."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and type(args[0]) is Remote:
+            return args[0]._remote_peer.request("type", args[0])
+        found = type(*args, **kwargs)
+        return cls if found is type else found
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, type)
+
+
+class TypeOf(type, metaclass=_Types):
+    """`type` for the tests, which gives the program's class for one of its objects."""
+
+
+async def _awaited(remote: Remote) -> Any:
+    """What a coroutine of the program returns; it runs over there, to its end."""
+    return remote._remote_peer.request("await", remote)
 
 
 class Tests(Peer):
@@ -157,8 +194,11 @@ class Tests(Peer):
     def __init__(self, receiving: int, sending: int) -> None:
         super().__init__(receiving, sending, "t")
         self.used = False
+        self.namespace: dict[str, Any] = {"__name__": "tests", "type": TypeOf}
+        self._globals: dict[str, Any] = {}
+        """What the program has under each name that it was asked for."""
         self._remotes: weakref.WeakValueDictionary[str, Remote] = weakref.WeakValueDictionary()
-        self._exceptions: dict[tuple[str, str], type[BaseException]] = {}
+        self._classes: dict[tuple[str, str], type] = {}
         self._exception_names: dict[int, str] = {}
 
     def request(self, operation: str, *values: Any) -> Any:
@@ -173,6 +213,18 @@ class Tests(Peer):
             found.raised_by_program = True  # type: ignore[attr-defined]
             raise found from error
 
+    def ask_global(self, name: str) -> None:
+        """Give the tests what the program defines under a name, for as long as they bind nothing else to it. Raises `KeyError`."""
+        self.namespace[name] = self._globals[name] = self.request("global", name)
+
+    def rebind(self, names: dict[str, Any]) -> None:
+        """See `Peer`."""
+        for name in names.keys() & self._globals.keys():
+            found = self.decode(names[name])
+            if self.namespace.get(name) is self._globals[name]:
+                self.namespace[name] = found
+            self._globals[name] = found
+
     def answer(self, request: dict[str, Any]) -> Any:
         """Call a function that the tests gave to the program, or take the next item of an iterator."""
         function, *values = (self.decode(value) for value in request["with"])
@@ -184,12 +236,21 @@ class Tests(Peer):
     def stand_in(self, name: str, facts: dict[str, Any]) -> Any:
         """A `Remote`, always the same for one object; for a class of exceptions a class that `except` can name."""
         if "exception" in facts:
-            found = self._exception_class([(str(module), str(one)) for module, one in facts["exception"]])
+            found = self._exception_class(facts["exception"])
             self._exception_names[id(found)] = name
             return found
         if (remote := self._remotes.get(name)) is None:
-            remote = self._remotes[name] = Remote(self, name, facts)
-        return remote
+            remote = self._remotes[name] = Remote(self, name, _names(facts["classes"]))
+        return _awaited(remote) if facts["coroutine"] else remote
+
+    def encode(self, value: Any) -> Any:
+        """See `Peer`."""
+        return super().encode(type if value is TypeOf else value)
+
+    def decode(self, found: Any) -> Any:
+        """See `Peer`."""
+        value = super().decode(found)
+        return TypeOf if value is type else value
 
     def name_of_stand_in(self, value: Any) -> str | None:
         """See `Peer`."""
@@ -205,26 +266,33 @@ class Tests(Peer):
 
     def raised(self, error: dict[str, Any]) -> BaseException:
         """The exception that the program raised, as one of the same class."""
-        kind = self._exception_class([(str(module), str(name)) for module, name in error["classes"]])
+        kind = self._exception_class(error["classes"])
         args = tuple(self.decode(one) for one in error["args"]) or ((str(error["text"]),) if error["text"] else ())
         found = kind(*args) if issubclass(kind, OSError) else kind.__new__(kind)
         found.args = args
         found.raised_by_program = True  # type: ignore[attr-defined]
         return found
 
-    def _exception_class(self, classes: list[tuple[str, str]]) -> type[BaseException]:
-        """The class at the head of a list that ends with the built-in classes that it inherits from."""
+    def class_named(self, classes: list[tuple[str, str]]) -> type:
+        """The class at the head of a list that goes on with those it inherits from: Python's own, or one like that of the program."""
         import builtins
 
         if not classes:
-            return Exception
+            return object
         module, name = classes[0]
         known = getattr(builtins if module == "builtins" else sys.modules.get(module, builtins), name, None)
-        if isinstance(known, type) and issubclass(known, BaseException):
+        if isinstance(known, type):
             return known
-        if classes[0] not in self._exceptions:
-            self._exceptions[classes[0]] = type(name, (self._exception_class(classes[1:]),), {})
-        return self._exceptions[classes[0]]
+        if classes[0] not in self._classes:
+            try:
+                self._classes[classes[0]] = type(name, (self.class_named(classes[1:]),), {"__module__": module})
+            except Exception:  # not every class of Python can be inherited from
+                self._classes[classes[0]] = type(name, (), {"__module__": module})
+        return self._classes[classes[0]]
+
+    def _exception_class(self, classes: Any) -> type[BaseException]:
+        found = self.class_named(_names(classes))
+        return found if issubclass(found, BaseException) else Exception
 
     def _is_forgotten(self, name: str) -> bool:
         return sys.getrefcount(self._objects[name]) == 2  # the table, and the argument of `getrefcount`
@@ -232,23 +300,22 @@ class Tests(Peer):
 
 def _namespace(peer: Tests, problem: dict[str, Any], used: set[str]) -> dict[str, Any]:
     """The names that the tests may use: the imports and given parts of the reference, and what the program defines in place of the rest."""
-    namespace: dict[str, Any] = {"__name__": "tests"}
     asked, classes = set(), set()
     for statement in ast.parse(problem["reference"]).body:
         names = _defined(statement)
         given = (statement.end_lineno or 0) <= problem["given_lines"] and problem["entry_point"] not in names
         if isinstance(statement, ast.Import | ast.ImportFrom) or given:
-            exec(compile(ast.Module([statement], []), "given.py", "exec", dont_inherit=True), namespace)
+            exec(compile(ast.Module([statement], []), "given.py", "exec", dont_inherit=True), peer.namespace)
             continue
         asked |= names
         classes |= names if isinstance(statement, ast.ClassDef) else set()
     peer.classes = frozenset(classes)
     for name in sorted(asked & used):
         try:
-            namespace[name] = peer.request("global", name)
+            peer.ask_global(name)
         except KeyError:
-            namespace.pop(name, None)  # the tests will raise NameError
-    return namespace
+            peer.namespace.pop(name, None)  # the tests will raise NameError
+    return peer.namespace
 
 
 def _defined(statement: ast.stmt) -> set[str]:

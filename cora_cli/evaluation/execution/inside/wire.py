@@ -6,6 +6,7 @@ other side gets a stand-in (see `Peer.stand_in`). Nothing that arrives is execut
 """
 
 import abc
+import array
 import builtins
 import collections
 import json
@@ -20,7 +21,7 @@ BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "r
 IN_PLACE = ("iadd", "isub", "imul", "iand", "ior", "ixor")
 """The operations of `operator` that the tests may ask for on an object of the program."""
 _EXACT = 2**53
-_SHARED = {
+_SHARED: dict[str, Any] = {
     one.__name__: one
     for one in (
         list,
@@ -31,8 +32,14 @@ _SHARED = {
         collections.Counter,
         collections.OrderedDict,
         collections.defaultdict,
+        array.array,
     )
 }
+_EMPTY: dict[str, Callable[[Any], Any]] = {
+    "deque": lambda most: collections.deque(maxlen=most),
+    "array": lambda code: array.array(code, ()),
+}
+"""Containers that are made with their last part: the greatest length, the type of the items."""
 _FUNCTIONS = [
     "abs",
     "all",
@@ -67,6 +74,9 @@ _TEXTUAL = {
     ("datetime", "time"),
     ("decimal", "Decimal"),
     ("fractions", "Fraction"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("uuid", "UUID"),
 }
 
 
@@ -110,6 +120,9 @@ class Peer(abc.ABC):
     @abc.abstractmethod
     def raised(self, error: dict[str, Any]) -> BaseException:
         """The exception for one that was raised on the other side."""
+
+    def rebind(self, names: dict[str, Any]) -> None:  # noqa: B027  # only the tests follow the other side's names
+        """Take over the values, as written by `encode`, that global names have on the other side now."""
 
     def request(self, operation: str, *values: Any) -> Any:
         """Ask the other side to do something, and return its answer or raise its exception; it may ask back meanwhile."""
@@ -182,6 +195,7 @@ class Peer(abc.ABC):
             self._apply(message.pop("contents", {}))
             for name in message.pop("dropped", ()):
                 self._forget(name)
+            self.rebind(message.pop("globals", {}))
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise Broken(f"a message is malformed ({type(error).__name__})") from error
         if not isinstance(message, dict) or not {"do", "error", "value", "loaded"} & message.keys():
@@ -243,12 +257,13 @@ class Peer(abc.ABC):
             extra = [self.encode(value.default_factory)] if isinstance(value, collections.defaultdict) else []
             return [kind, [[self.encode(key), self.encode(one)] for key, one in value.items()], *extra]
         extra = [value.maxlen] if isinstance(value, collections.deque) else []
+        extra = [value.typecode] if isinstance(value, array.array) else extra
         return [kind, [self.encode(one) for one in value], *extra]
 
     def _apply(self, changes: dict[str, list[Any]]) -> None:
         for name, (kind, *rest) in changes.items():
             if name not in self._objects:  # empty first, because containers may hold each other
-                made: Any = collections.deque(maxlen=rest[1]) if kind == "deque" else _SHARED[kind]()
+                made: Any = _EMPTY[kind](rest[1]) if kind in _EMPTY else _SHARED[kind]()
                 self._objects[name], self._names[id(made)] = made, name
             elif type(self._objects[name]) is not _SHARED[kind]:
                 raise ValueError(kind)
@@ -266,6 +281,9 @@ class Peer(abc.ABC):
                     value.default_factory = self.decode(rest[0])
             elif kind == "list":
                 value[:] = [self.decode(one) for one in inside]
+            elif kind == "array":
+                items: list[Any] = [self.decode(one) for one in inside]
+                value[:] = array.array(value.typecode, items)
             else:
                 items = [self.decode(one) for one in inside]
                 value.clear()
@@ -315,7 +333,7 @@ class Peer(abc.ABC):
         for name, constant in _CONSTANTS.items():
             if value is constant:
                 return ["constant", name]
-        where = (kind.__module__, kind.__name__)
+        where = (kind.__module__.partition(".")[0], kind.__name__)
         if where in _TEXTUAL and sys.modules.get(where[0]) and getattr(sys.modules[where[0]], where[1]) is kind:
             return ["text", *where, value.isoformat() if where[0] == "datetime" else str(value)]
         if where == ("datetime", "timedelta"):
