@@ -7,6 +7,7 @@ from cora_cli.cli.next_step import say_next
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.progress import say
+from cora_cli.records import missing_judgments
 from cora_cli.terminal import columns, show
 
 
@@ -44,6 +45,7 @@ def run(config: JudgeConfig) -> None:
     record, out = judge(config)
     show(terminal(judge_section(record), columns()), end="")
     say(f"{out.result} and {out.judgments.name} are written")
-    if all(sum(rubric["failed"].values()) == rubric["asked"] for rubric in record["rubrics"].values()):
+    missing, asked = missing_judgments(record)
+    if missing == asked:
         raise CoraError("no judgment was obtained, for the reason above; the same command asks again")
     say_next(None, "report", out.root, "-o", "report")

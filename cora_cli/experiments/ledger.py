@@ -21,15 +21,17 @@ from cora_cli.reading import checked, read_json, read_yaml
 from cora_cli.records import (
     FinishedRun,
     FinishedStep,
+    Judging,
     Run,
     RunStatus,
     StepRecord,
     Stop,
+    missing_judgments,
     read_generation,
     read_sealed,
     write_sealed,
 )
-from cora_cli.rundir import EvaluationDirectory, RunDirectory
+from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
 from cora_cli.training.checkpoints import checkpoints_in, step_of
 from cora_cli.training.proposal import rate_in
 
@@ -79,11 +81,17 @@ class Ledger:
         if step.stop_at is not None:
             digest = self._stops(step, record).get(str(step.stop_at))
             return Verdict(digest is not None, f"has not stopped at step {step.stop_at}", result=digest)
-        if record["status"] != FINISHED:
-            return Verdict(False, record.get("error") or "not finished")
-        if altered := self._altered(step, record):
-            return Verdict(False, f"{altered[0]} was changed or removed after it was written")
+        if lacking := self._lacking(step, record):
+            return Verdict(False, lacking)
         return Verdict(True, result=record["result"], seconds=record["seconds"])
+
+    def _lacking(self, step: Step, record: dict[str, Any]) -> str:
+        """What a step lacks to be done with the inputs of its record; empty if it lacks nothing."""
+        if record["status"] != FINISHED:
+            return record.get("error") or "not finished"
+        if altered := self._altered(step, record):
+            return f"{altered[0]} was changed or removed after it was written"
+        return judgments_to_ask_for(self._out / step.output) if step.kind == "judge" else ""
 
     def has_started(self, step: Step) -> bool:
         """Whether this very training once got past the checks at its start, whatever became of its files."""
@@ -388,6 +396,16 @@ class Ledger:
         files = self._files(step, but)
         known = {name: digest for name, digest in record["files"].items() if but is None or not name.startswith(but)}
         return sorted(name for name, digest in known.items() if files.get(name) != digest)
+
+
+def judgments_to_ask_for(place: Path) -> str:
+    """The judgments of an endpoint that were not obtained, as a text; empty if there are none.
+
+    A model on this machine would say the same again.
+    """
+    record = read_sealed(JudgeDirectory(place).result, Judging)
+    missing, asked = missing_judgments(record)
+    return f"{missing} of {asked} judgments were not obtained" if missing and "endpoint" in record["judge"] else ""
 
 
 def _not_in_checkpoints(names: Iterable[str]) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cora_cli.errors import CoraError
+from cora_cli.experiments.ledger import judgments_to_ask_for
 from cora_cli.experiments.steps import Plan, Step
 from cora_cli.progress import say
 from cora_cli.reading import read_json
@@ -57,7 +58,7 @@ class Screen:
         self._forget(step)
         total, count = self._measured.get(step.kind, (0.0, 0))
         self._measured[step.kind] = (total + seconds, count + 1)
-        note = _metrics(self._plan, step) if step.kind == "evaluate" else _rate(self._plan, step) + _loss(self._plan, step)
+        note = "".join(of(self._plan, step) for of in (_metrics, _rate, _loss, _judgments))
         self._line(f"{self._count()} {step.name}: done in {duration(seconds)}{note}")
 
     def failed(self, step: Step, reason: str) -> None:
@@ -148,6 +149,8 @@ def duration(seconds: float) -> str:
 
 
 def _metrics(plan: Plan, step: Step) -> str:
+    if step.kind != "evaluate":
+        return ""
     try:
         metrics = read_json(plan.out / step.output / "metrics.json", Metrics)["metrics"]
     except CoraError:
@@ -172,6 +175,11 @@ def _loss(plan: Plan, step: Step) -> str:
     except CoraError:
         return ""
     return f"; held-out loss {heldout['before']['loss']:.3f} -> {heldout['after']['loss']:.3f}" if heldout else ""
+
+
+def _judgments(plan: Plan, step: Step) -> str:
+    missing = judgments_to_ask_for(plan.out / step.output) if step.kind == "judge" else ""
+    return f"; {missing}, and the same command asks for them again" if missing else ""
 
 
 def _last_line(log: Path) -> str:

@@ -47,6 +47,7 @@ from cora_cli.records.judgings import (
     Judging,
     Judgment,
     Retest,
+    missing_judgments,
 )
 from cora_cli.records.models import AdapterConfig, GenerationConfig, ModelConfig, WeightIndex
 from cora_cli.records.probes import Probe, Proposed, read_probe
@@ -146,6 +147,7 @@ __all__ = [
     "UsedGeneration",
     "WeightIndex",
     "answers_hashes",
+    "missing_judgments",
     "read_generation",
     "read_metrics",
     "read_predictions",

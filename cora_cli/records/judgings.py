@@ -1,6 +1,7 @@
 """The shapes of what `cora judge` writes: each judgment, and what all of them say."""
 
-from typing import Literal, NotRequired, TypedDict
+from collections.abc import Mapping
+from typing import Any, Literal, NotRequired, TypedDict
 
 
 class Judgment(TypedDict):
@@ -114,3 +115,9 @@ class Judging(TypedDict):
     tokens: dict[str, int]
     cost: float | None
     judgments_sha256: str
+
+
+def missing_judgments(judging: Mapping[str, Any]) -> tuple[int, int]:
+    """How many judgments a `Judging` lacks since they were not obtained, and how many were asked for."""
+    rubrics = judging["rubrics"].values()
+    return sum(sum(rubric["failed"].values()) for rubric in rubrics), sum(rubric["asked"] for rubric in rubrics)

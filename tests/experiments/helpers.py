@@ -6,11 +6,13 @@ from typing import Any
 
 from cora_cli import writing
 from cora_cli.experiments.ablate import Request, run_stages
-from cora_cli.experiments.execute import Outcome
+from cora_cli.experiments.execute import Execution, Outcome
 from cora_cli.experiments.grid import Grid, build_grid
 from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts
+from cora_cli.experiments.screen import Screen
 from cora_cli.experiments.steps import Plan, StepFlags, make_plan
 from cora_cli.lock import own_directory
+from cora_cli.records import write_sealed
 
 BASE: dict[str, Any] = {
     "name": "tiny",
@@ -60,6 +62,7 @@ class PretendLauncher:
         self.slots, self._fails = slots, fails
         self.submitted: list[tuple[str, ...]] = []
         self.content = "made"
+        self.judging: dict[str, Any] = {}
         self.running = self.most = 0
 
     def submit(self, kind: str, argv: Sequence[str], log: Path) -> "PretendJob":
@@ -78,6 +81,9 @@ class PretendLauncher:
         place = Path(argv[argv.index(flag) + 1])
         if argv[0] == "extract-basis":
             writing.write_text(place, self.content)
+            return
+        if argv[0] == "judge":
+            write_sealed(place / "judge.json", self.judging)
             return
         of_run = ("config.yaml", "log.jsonl", "test.jsonl", "heldout.jsonl", "adapter/adapter_model.safetensors")
         names = {
@@ -108,6 +114,13 @@ class PretendJob:
 
     def stop(self) -> None:
         self._launcher.running -= 1
+
+
+def run_plan(plan: Plan, launcher: PretendLauncher, rows: Sequence[str] = ()) -> Outcome:
+    """Carry out a plan without stages, or what some of its rows need."""
+    wanted = plan.needed_for(list(rows)) if rows else set(plan.steps)
+    with own_directory(plan.out) as lock:
+        return Execution(plan, wanted, launcher, Screen(plan, wanted, launcher.slots, {}), lock).run()
 
 
 def staged_grid(*blocks: Any, **changes: Any) -> Grid:

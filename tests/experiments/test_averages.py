@@ -11,15 +11,13 @@ import pytest
 
 from cora_cli.errors import UsageError
 from cora_cli.experiments.estimate import estimate_steps
-from cora_cli.experiments.execute import Execution, done_steps
-from cora_cli.experiments.screen import Screen
+from cora_cli.experiments.execute import done_steps
 from cora_cli.experiments.steps import Plan
-from cora_cli.lock import own_directory
 from cora_cli.reading import read_json
 from cora_cli.reporting.collect import collect
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import read_plan
-from tests.experiments.helpers import PretendLauncher, grid_of, inputs_of, plan_of
+from tests.experiments.helpers import PretendLauncher, grid_of, inputs_of, plan_of, run_plan
 
 LAPLACE = {"limit": 8, "directions": 4}
 
@@ -126,8 +124,7 @@ def test_a_changed_approximation_is_made_again(tmp_path: Path, monkeypatch: pyte
 
     def carry_out() -> list[str]:
         launcher = PretendLauncher()
-        with own_directory(tmp_path) as lock:
-            Execution(plan, set(plan.steps), launcher, Screen(plan, set(plan.steps), 1, {}), lock).run()
+        run_plan(plan, launcher)
         return [argv[0] for argv in launcher.submitted]
 
     assert carry_out() == ["train", "laplace", "evaluate"]

@@ -23,7 +23,7 @@ from cora_cli.lock import own_directory
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.settings import DtypeName
 from tests.counting import assert_linear
-from tests.experiments.helpers import BASE, PretendLauncher, grid_of, inputs_of, plan_of
+from tests.experiments.helpers import BASE, PretendLauncher, grid_of, inputs_of, plan_of, run_plan
 
 ROWS = ({"mode": "base"}, {"mode": ["fb", "lora"]})
 STEPS = 7  # a fine-tune, a basis, two runs, three evaluations
@@ -37,9 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def carry_out(plan: Plan, launcher: PretendLauncher | None = None, rows: list[str] | None = None) -> tuple[Outcome, list[str]]:
     """The outcome, and the names of the steps that were started."""
     launcher = launcher or PretendLauncher()
-    wanted = plan.needed_for(rows) if rows else set(plan.steps)
-    with own_directory(plan.out) as lock:
-        outcome = Execution(plan, wanted, launcher, Screen(plan, wanted, launcher.slots, {}), lock).run()
+    outcome = run_plan(plan, launcher, rows or ())
     return outcome, [described(plan, argv) for argv in launcher.submitted]
 
 

@@ -13,7 +13,7 @@ from cora_cli.errors import UsageError
 from cora_cli.experiments.preset import small
 from cora_cli.reading import read_json
 from tests.evaluation.judge.server import serving
-from tests.experiments.helpers import BASE, grid_of, plan_of
+from tests.experiments.helpers import BASE, PretendLauncher, grid_of, plan_of, run_plan
 
 JUDGE = {"judge_model": "judge", "rubric": ["paper"], "limit": 2}
 ROWS = ({"mode": "base"}, {"mode": ["fb", "lora"]})
@@ -69,6 +69,41 @@ def test_the_small_preset_judges_with_its_own_model(tiny_model: Path) -> None:
     assert (judge["judge_model"], judge["rubric"]) == (str(tiny_model), ["readability"])
     assert "endpoint" not in judge
     assert any(sentence.startswith(f"The judge is {tiny_model}") for sentence in reduced["conditions"])
+
+
+@pytest.mark.parametrize(
+    ("identity", "missing", "asks_again"),
+    [({"endpoint": "https://x.org/v1"}, 3, True), ({"endpoint": "https://x.org/v1"}, 0, False), ({}, 3, False)],
+)
+def test_the_next_call_asks_an_endpoint_for_the_judgments_that_it_did_not_give(
+    identity: dict[str, str], missing: int, asks_again: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(grid_of(*ROWS, **with_judge(JUDGE)), tmp_path / "out")
+
+    def carry_out(missing: int) -> list[str]:
+        launcher = PretendLauncher()
+        rubric = {**{"sha256": "", "pass_mark": 50.0, "criteria": {}, "pairs": None, "disqualified": []}, "asked": 8}
+        launcher.judging = {
+            **{
+                "format": 1,
+                "judge": {"model": "gpt-4", **identity},
+                "served_models": [],
+                "records": 2,
+                "retest": False,
+                "seed": 0,
+            },
+            **{"systems": [], "rubrics": {"paper": {**rubric, "failed": {"base": missing}}}, "tokens": {}, "cost": None},
+            "judgments_sha256": "",
+        }
+        assert not run_plan(plan, launcher).failed
+        return [argv[0] for argv in launcher.submitted]
+
+    assert carry_out(missing)[-1] == "judge"
+    notes = [line for line in capsys.readouterr().err.splitlines() if "judge-data: done" in line]
+    said = "; 3 of 8 judgments were not obtained, and the same command asks for them again"
+    assert [said in note for note in notes] == [asks_again]
+    assert carry_out(0) == (["judge"] if asks_again else [])
+    assert carry_out(0) == []
 
 
 @pytest.mark.slow
