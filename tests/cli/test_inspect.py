@@ -29,8 +29,7 @@ from cora_cli.models.references import resolve_model
 from tests.evaluation.helpers import unsealed
 from tests.methods.helpers import plan_of
 from tests.reporting.helpers import Made, write_run
-from tests.weights.helpers import make_llama
-from tests.weights.test_adapter_sources import make_adapter
+from tests.weights.helpers import make_adapter, make_llama
 
 FORMATS = {"inspect.txt", "inspect.md", "inspect.json", "inspect.html"}
 

@@ -11,8 +11,15 @@ from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.models.references import resolve_model
-from tests.weights.helpers import CPU, dense_weights, local, reference_directions, reference_matrix, subspace_error
-from tests.weights.test_adapter_sources import make_adapter
+from tests.weights.helpers import (
+    CPU,
+    dense_weights,
+    local,
+    make_adapter,
+    reference_directions,
+    reference_matrix,
+    subspace_error,
+)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 

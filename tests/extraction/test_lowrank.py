@@ -15,8 +15,7 @@ from cora_cli.extraction.decompose import Decomposition, decompose
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.extraction.merge import merge_group, plan
 from cora_cli.weights.sources import AdapterSource
-from tests.weights.helpers import CPU, ArraySource, local, reference_directions, reference_matrix
-from tests.weights.test_adapter_sources import make_adapter
+from tests.weights.helpers import CPU, ArraySource, local, make_adapter, reference_directions, reference_matrix
 
 Q0, Q1 = "layers.0.q_proj", "layers.1.q_proj"
 

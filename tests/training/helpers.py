@@ -22,6 +22,7 @@ from cora_cli.planning.memory import StorageMeter, follow_training
 from cora_cli.rundir import RunDirectory
 from cora_cli.training import run as training
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.preflight import Measured, Preflight
 from tests.evaluation.helpers import unsealed
 from tests.methods.helpers import SMALL
 
@@ -235,3 +236,9 @@ def _die_in(target: str, call: int) -> None:
         return original(*args, **kwargs)
 
     setattr(owner, name, deadly)
+
+
+def measured(plan: Preflight) -> Measured:
+    """What was measured of a plan that could be measured."""
+    assert isinstance(plan.measured, Measured), plan.measured
+    return plan.measured

@@ -1,10 +1,13 @@
 """What several test files of the basis need: an in-memory source, a float64 reference in numpy, tiny checkpoints."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cora_cli.basis.choices import BasisChoices
@@ -85,3 +88,32 @@ def make_llama(
         initializer_range=0.3,
     )
     return LlamaForCausalLM(config)
+
+
+def make_adapter(base: Path, target: Path, merged: Path | None = None, seed: int = 0, **settings) -> Path:
+    """A LoRA adapter saved by PEFT with non-zero factors, and the model that PEFT merges it into."""
+    model = make_llama(kv_heads=2)
+    model.load_state_dict(type(model).from_pretrained(base).state_dict())
+    config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **settings})
+    model.name_or_path = str(base)
+    peft_model = get_peft_model(model, config)
+    torch.manual_seed(seed)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data = torch.randn_like(parameter)
+    peft_model.save_pretrained(target)
+    if merged:
+        peft_model.merge_and_unload().save_pretrained(merged)
+    return target
+
+
+def change_config(directory: Path, **changed) -> None:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+
+
+def change_tensors(directory: Path, change) -> None:
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
