@@ -18,6 +18,8 @@ from cora_cli.environment import is_first_process
 from cora_cli.terminal import folded, printable
 
 LINE_INTERVAL_SECONDS = 10.0
+NOTE = "note: "
+"""How a line begins that `note` prints."""
 _INTERRUPTED = threading.Event()
 
 
@@ -30,6 +32,11 @@ def say(message: str, folds: bool = True) -> None:
         text = printable(message)
         folded_text = folded(text, shutil.get_terminal_size().columns) if folds and sys.stderr.isatty() else text
         print(folded_text, file=sys.stderr, flush=True)
+
+
+def note(message: str) -> None:
+    """Say what a user should know of the inputs or the result. `cora ablate` shows it too, from the logs of its steps (`experiments.screen`)."""
+    say(f"{NOTE}{message}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from cora_cli.adapters.facts import read_facts
 from cora_cli.errors import CoraError
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.references import EMBEDDED_MODEL, recorded_base, resolve_model
-from cora_cli.progress import say
+from cora_cli.progress import note
 
 
 def base_of(adapter: ModelPath, weights: bool = True) -> ModelPath:
@@ -52,7 +52,7 @@ def check_base(adapter: ModelPath, base: ModelPath) -> None:
 def say_other_base(adapter: ModelPath, base: ModelPath) -> None:
     """Say so where the base that the user names is not the one of `check_base`; it may be the same model in another precision."""
     if other := _other_base(adapter, base):
-        say(other)
+        note(other)
     _say_other_name(adapter, base)
 
 
@@ -61,7 +61,7 @@ def say_different_bases(models: Sequence[ModelPath]) -> None:
     known = {facts.base_sha256: (model, facts) for model in models if model.is_adapter and (facts := read_facts(model.path))}
     if len(known) > 1:
         (one, on), (other, on_other) = list(known.values())[:2]
-        say(
+        note(
             f"{one.reference} was trained on {on.base} and {other.reference} on {on_other.base}, which have other weights; a common subspace is one "
             "of fine-tunes of one base model"
         )
@@ -76,7 +76,7 @@ def _say_other_name(adapter: ModelPath, base: ModelPath) -> None:
     if not any(
         part == last or part.endswith(f"--{last}") for part in (*Path(base.reference.partition("@")[0]).parts, *base.path.parts)
     ):
-        say(f"{adapter.reference} names {named} as its base model; {base.reference} is taken in its place")
+        note(f"{adapter.reference} names {named} as its base model; {base.reference} is taken in its place")
 
 
 def _other_base(adapter: ModelPath, base: ModelPath) -> str | None:

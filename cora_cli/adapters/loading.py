@@ -43,7 +43,7 @@ from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.fused import fused_views, split_projections
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.skeleton import ONE_EXPERT, of_text, without_numbers
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.scratch import temporary_directory
 
 _NEEDS_MORE = {"XLORA": "other adapters, which it mixes anew for each token", "POLY": "a task number with each prompt"}
@@ -171,7 +171,7 @@ def _check_effect(wrapped: PeftModel, facts: AdapterFacts | None, adapter: Model
     if changes_model(wrapped):
         return
     if facts is None:
-        say(f"adapter {adapter.path} changes no weight of its layers: s·B·A is zero in all of them, as before any training")
+        note(f"adapter {adapter.path} changes no weight of its layers: s·B·A is zero in all of them, as before any training")
     elif method_of(facts.plan.mode).can_train(facts.plan):
         raise CoraError(f"adapter {adapter.path} was trained, but changes no weight: B·A is zero in every layer")
 
@@ -251,7 +251,7 @@ def _without(
         raise CoraError(
             f"adapter {adapter.path} changes none of the layers of {type(model).__name__}, only others, such as {min(apart)}"
         )
-    say(
+    note(
         f"adapter {adapter.path}: {len(apart)} of its {len(stored)} tensors are of parts that {type(model).__name__} lacks, such as {min(apart)}; they are "
         "left out"
     )

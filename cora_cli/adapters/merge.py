@@ -35,7 +35,7 @@ from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
 from cora_cli.models.trained_on import carry_record, say_other_tokenizer, say_other_weights, trained_on
-from cora_cli.progress import say
+from cora_cli.progress import note, say
 from cora_cli.settings import TemplateName
 
 
@@ -122,7 +122,7 @@ def merge_adapter(
         say_tokens_without_rows(len(tokenizer), left, adapter)
     join_projections(merged)
     if tied and has_own_head(merged):
-        say(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
+        note(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
     _round(merged, kinds, adapter, others)
     with writing.atomic_path(output, replace=False) as temporary:
         save_model(merged, base, temporary, trust_remote_code, ends=_ends(adapter, tokenizer))
@@ -283,7 +283,7 @@ def say_rounded_away(wrapped: PeftModel, adapter: ModelPath, stored: Mapping[str
     """
     if is_held_quantized(wrapped.get_base_model()) or (lost := rounded_away(wrapped, stored)) <= _MUCH:
         return None
-    say(
+    note(
         f"{adapter.reference}: its change is so small that {lost:.0%} of it is lost where the merged weights are rounded to their type; "
         "--dtype fp32 keeps it"
     )

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from cora_cli.errors import CoraError
 from cora_cli.limits import bounded
 from cora_cli.models.model_path import ModelPath
-from cora_cli.progress import say
+from cora_cli.progress import note
 
 _KINDS = {str(name.value): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 """PEFT's classes of configurations by `peft_type`."""
@@ -32,18 +32,18 @@ def say_unknown_settings(adapter: ModelPath) -> None:
     kind = _KINDS.get(config.get("peft_type") or "")
     known = {field.name for field in dataclasses.fields(kind)} if kind is not None else config.keys()
     if unknown := sorted(name for name, value in config.items() if value and name not in known):
-        say(
+        note(
             f"adapter {adapter.path}: adapter_config.json sets {', '.join(unknown)}, which the installed PEFT {PEFT_VERSION} does not know and "
             "leaves out; a newer one may compute something else"
         )
     if kind is LoraConfig and "lora_alpha" not in config:
-        say(f"adapter {adapter.path}: adapter_config.json has no lora_alpha; PEFT's default, {DEFAULT_ALPHA}, is used")
+        note(f"adapter {adapter.path}: adapter_config.json has no lora_alpha; PEFT's default, {DEFAULT_ALPHA}, is used")
 
 
 def say_other_weight_files(adapter: ModelPath) -> None:
     """Say which weight files of an adapter's directory are not its own, and so read by nobody: what else was trained may be in them."""
     if files := adapter.other_weight_files():
-        say(
+        note(
             f"adapter {adapter.path}: its directory also holds {', '.join(file.name for file in files[:3])}, which PEFT does not read; what was "
             "trained with the adapter may be in there"
         )

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from cora_cli.adapters.storage import PREFIX
 from cora_cli.errors import CoraError
 from cora_cli.models.model_path import ModelPath
-from cora_cli.progress import say
+from cora_cli.progress import note
 
 
 def resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor], adapter: ModelPath) -> None:
@@ -60,7 +60,7 @@ def _fill_added_rows(
         shared_rows = held - {name for name in held if name.endswith(copied)}
         lacking = [] if shared_rows else [name for name in names if name not in held]
         if len(weight) > known and lacking:
-            say(
+            note(
                 f"adapter {adapter.path} adds {len(weight) - known} tokens, but stores no rows of {lacking[0]} for them; they get the mean of its other "
                 "rows, as where transformers adds tokens"
             )
@@ -91,7 +91,7 @@ def embedding_rows(model: Any) -> int:
 def say_tokens_without_rows(tokens: int, rows: int, adapter: ModelPath) -> None:
     """Say so where a tokenizer, which is written next to the weights, has more `tokens` than the embedding has `rows`."""
     if tokens > rows:
-        say(
+        note(
             f"{adapter.reference}: its tokenizer has {tokens:,} tokens, but the embedding {rows:,} rows, and the adapter stores none for the others: text "
             "with one of them cannot be read"
         )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from cora_cli.data.tables import HELD_OUT, check_header, one_of, read_folder, read_hub, read_parquet
 from cora_cli.data.texts import COMPRESSIONS, text_of
 from cora_cli.errors import CoraError
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.reading import Malformed, decode_json, parse_json, refuse_pointer
 from cora_cli.writing import refuse_broken_link
 
@@ -165,9 +165,9 @@ def _read_csv(path: Path, delimiter: str = ",", quoting: Literal[0, 3] = csv.QUO
             row = next(reader)
         except StopIteration:
             if unnamed:
-                say(f"{path}: columns without a name are left out ({', '.join(str(place + 1) for place in sorted(unnamed))})")
+                note(f"{path}: columns without a name are left out ({', '.join(str(place + 1) for place in sorted(unnamed))})")
             if empty:
-                say(f"{path}: {empty:,} row{'s' if empty > 1 else ''} of empty cells left out")
+                note(f"{path}: {empty:,} row{'s' if empty > 1 else ''} of empty cells left out")
             return
         except csv.Error as error:
             raise CoraError(
@@ -210,7 +210,7 @@ def _read_tsv(path: Path) -> Iterator[tuple[str, Any]]:
     columns = {line.count("\t") for line in re.split(r"\r\n|\n|\r", text) if line.strip()}
     if len(columns) > 1 or columns == {0} or _fits_quoting(text):
         return _read_csv(path, "\t")
-    say(f"{path}: its quotation marks are not in pairs around fields, so they are read as text")
+    note(f"{path}: its quotation marks are not in pairs around fields, so they are read as text")
     return _read_csv(path, "\t", csv.QUOTE_NONE)
 
 

@@ -14,7 +14,7 @@ from cora_cli.data.readers import read_located
 from cora_cli.data.records import SCHEMAS, Record, Schema, holds_missing, holds_nulls, prompt_hash, prompt_hashes
 from cora_cli.data.tables import HELD_OUT
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.progress import say
+from cora_cli.progress import note, say
 from cora_cli.rundir import RunDirectory
 
 BUILTIN_PREFIX = "builtin:"
@@ -86,16 +86,16 @@ def load_records(dataset: str, choice: Choice = ALL, usual: str = "train") -> tu
     if not own:
         say(f"{dataset}: read as {shape.name}, {len(records):,} record{'s' if len(records) > 1 else ''}")
     if marked := sum(says_trained(message) for record in records for message in record.get("messages", ())):
-        say(
+        note(
             f"{dataset}: {marked:,} messages that are no answers are marked as trained, which has no effect: only answers are trained"
         )
     if not own and (filled := sum(map(holds_nulls, records))):
-        say(
+        note(
             f"{dataset}: {_have(filled)} nulls inside tools or calls of tools, which the chat template writes as they are; JSON written "
             "from a table, as by datasets.to_json, has them where other records have values, and the Parquet file or folder is read without them"
         )
     if not own and (missing := sum(map(holds_missing, records))):
-        say(
+        note(
             f"{dataset}: {_have(missing)} a text that is nothing but nan, None, null or the like, as programs write it for a value that is "
             "missing; it is taken as it stands, so leave it empty in the file if it means nothing"
         )
@@ -103,7 +103,7 @@ def load_records(dataset: str, choice: Choice = ALL, usual: str = "train") -> tu
     kept = set().union(*records) - {*SCHEMAS[shape.schema], "input"}
     read = {*shape.needs, *shape.reads, *(() if shape.is_chosen else ("input",))}
     if not own and (left := sorted({name for _, raw in located for name in raw} - read - kept)):
-        say(f"{dataset}: columns that are left out: {', '.join(left)}")
+        note(f"{dataset}: columns that are left out: {', '.join(left)}")
     return records, shape.schema
 
 
@@ -209,7 +209,7 @@ def _split(dataset: str, test_size: float | None, seed: int, every_answer: bool,
         nothing = f"{dataset} has too few records ({len(records)}) for a held-out share of {size:g}"
         if test_size is not None:
             raise CoraError(f"{nothing}: none would be held out; give --test-size a larger share or a count, or 0 for none")
-        say(f"{nothing}: none is held out")
+        note(f"{nothing}: none is held out")
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
     test = [records[index] for index in sorted(order[:count])]

@@ -73,7 +73,7 @@ from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.lock import own_directory
 from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.models.trained_on import known_prompts, say_other_weights, trained_on
-from cora_cli.progress import say
+from cora_cli.progress import note, say
 from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
@@ -150,7 +150,7 @@ def _recorded_generation(path: Path) -> dict[str, Any]:
     out = EvaluationDirectory(path.parent)
     recorded = shapes.read_generation(out)
     if recorded and recorded.get("predictions_sha256") != hashing.sha256_file(path):
-        say(
+        note(
             f"{path} is not the file that {out.generation.name} describes: it was changed after it was generated, so its settings are left out"
         )
         return {}
@@ -261,9 +261,9 @@ def _template(target: Target, schema: Schema, tokenizer: Any, recorded: str | No
     name = choose_template(target.template, schema, tokenizer)
     known = trained_on(target.adapter or target.base)
     if known is not None and known.template not in (None, name):
-        say(f"{target.name} was trained with the template {known.template}, but these prompts have the template {name}")
+        note(f"{target.name} was trained with the template {known.template}, but these prompts have the template {name}")
     if target.template == "auto" and name == "plain":
-        say(f"{target.dataset}: {plain_notice(tokenizer)}")
+        note(f"{target.dataset}: {plain_notice(tokenizer)}")
     return Template(name, schema, tokenizer, target.date or recorded)
 
 
@@ -281,7 +281,7 @@ def records_to_answer(config: EvaluateConfig, target: Target, trained: TrainedPr
     if not records:
         raise CoraError(f"{target.dataset} has no records to answer")
     if repeated := repeated_prompts(records, schema):
-        say(f"{target.dataset}, records: {repeated_notice(repeated, len(records))}")
+        note(f"{target.dataset}, records: {repeated_notice(repeated, len(records))}")
     models = [model for one in target.members for model in (one.adapter, one.base) if model is not None]
     own = frozenset[str]().union(*map(known_prompts, models))
     return records, schema, sum(is_among(record, schema, own) for record in records)
@@ -349,13 +349,13 @@ def _answer(
         for request, text in zip(requests[:: config.samples], rendered, strict=True)
     ]
     if lost := sum(not gives_back(tokenizer, request, split_tokens(text, tokenizer)[1][:-1]) for request, text in own):
-        say(
+        note(
             f"{target.dataset} has {len(records)} records, {lost} with a reference that the tokenizer changes, such as by lower case, so that no "
             "answer can equal it"
         )
     cut = sum(len(prompt) > room for prompt in prompts)
     if cut:
-        say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
+        note(f"{target.name}: {cut} prompts were cut at the start to fit the context")
     shapes.write_sealed(out.generation, {"name": target.name, "settings": settings})
     engine = backend.start([request.input_ids for request in requests])
     speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples, processes, (target, backend.ends))
@@ -396,18 +396,18 @@ def _say_about_records(
     template: Template,
 ) -> None:
     if not target.dataset.startswith(BUILTIN_PREFIX) and (unused := unused_columns(records, template.schema)):
-        say(f"{target.dataset}: columns that are not used: {', '.join(unused)}")
+        note(f"{target.dataset}: columns that are not used: {', '.join(unused)}")
     if unread := template.unread(records):
-        say(f"{target.dataset}: {unread_notice(unread)}")
+        note(f"{target.dataset}: {unread_notice(unread)}")
     if (end := template.end_as_text) is not None:
-        say(f"{target.name}: {end_notice(end)}")
+        note(f"{target.name}: {end_notice(end)}")
     if left_out := Counter(role for text in rendered for role in text.left_out):
-        say(f"{target.dataset}: {left_out_notice(left_out)}")
+        note(f"{target.dataset}: {left_out_notice(left_out)}")
     asked = zip(prompts, rendered, strict=True)
     if count := sum(has_unknown(prompt, text.prompt, template.tokenizer) for prompt, text in asked):
-        say(f"{target.dataset} has {len(records)} records, {unknown_notice(count)}")
+        note(f"{target.dataset} has {len(records)} records, {unknown_notice(count)}")
     if count := sum(map(template.spells_control_tokens, records)):
-        say(f"{target.dataset} has {len(records)} records, {control_tokens_notice(count)}")
+        note(f"{target.dataset} has {len(records)} records, {control_tokens_notice(count)}")
 
 
 def _backend_settings(config: EvaluateConfig, target: Target, hardware: Hardware) -> dict[str, Any]:

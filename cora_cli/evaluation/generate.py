@@ -26,7 +26,7 @@ from cora_cli.methods.parts.layers import has_invocation, transformers_model
 from cora_cli.models.configuration import depends_on_batch, rope_switch
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.own_code.classes import has_own_code
-from cora_cli.progress import progress, say
+from cora_cli.progress import note, progress, say
 from cora_cli.reading import read_jsonl
 from cora_cli.records import PartialPrediction
 from cora_cli.rundir import EvaluationDirectory
@@ -222,7 +222,7 @@ def say_left_out(model: ModelPath) -> None:
     }
     if found:
         values = ", ".join(f"{name} {str(value)[:40]}" for name, value in found.items())
-        say(
+        note(
             f"{model.reference} sets {values} for its answers, which are left out here: every model decodes by its probabilities alone"
         )
 

@@ -21,7 +21,7 @@ import numpy as np
 from cora_cli import intervals
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.execution.problems import syntax_tree
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.scratch import temporary_directory
 
 RULES = "E,F,W,N,B,SIM"
@@ -126,7 +126,7 @@ def _names(nodes: Sequence[ast.AST]) -> set[str]:
 def _ruff(programs: Sequence[str]) -> list[int]:
     """The number of findings in each program; empty if ruff is not installed. Raises `CoraError` if it fails."""
     if importlib.util.find_spec("ruff") is None:
-        say("ruff is not installed, so its findings are not among the readability proxies; `pip install ruff` adds them")
+        note("ruff is not installed, so its findings are not among the readability proxies; `pip install ruff` adds them")
         return []
     with temporary_directory("ruff") as folder:
         names = [f"program_{place}.py" for place in range(len(programs))]

@@ -15,7 +15,7 @@ from cora_cli.data.templates import Rendered
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.decode import unsupported
 from cora_cli.models.configuration import rope_switch
-from cora_cli.progress import progress, say
+from cora_cli.progress import note, progress
 from cora_cli.reading import read_jsonl
 from cora_cli.records import ReferenceTokens
 from cora_cli.rundir import EvaluationDirectory
@@ -45,7 +45,7 @@ def reference_examples(
         prompt = shorten_prompt(prompt, room, tokenizer)
         examples.append(Example([*prompt, *response], len(prompt)))
     if cut:
-        say(f"{cut} prompts were cut at the start, so that they fit the context together with their references")
+        note(f"{cut} prompts were cut at the start, so that they fit the context together with their references")
     return examples
 
 

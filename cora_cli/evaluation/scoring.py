@@ -23,7 +23,7 @@ from cora_cli.evaluation.metrics.calibration import tokens_of
 from cora_cli.evaluation.readability import readability
 from cora_cli.evaluation.shortcomings import count_shortcomings
 from cora_cli.intervals import PairedDifference, paired_difference
-from cora_cli.progress import say
+from cora_cli.progress import note, say
 from cora_cli.rundir import EvaluationDirectory
 
 
@@ -89,11 +89,11 @@ def score(
     predictions, references = [line["prediction"] for line in lines], [line["reference"] for line in lines]
     say(f"{name}: scoring {len(lines)} predictions")
     if config.from_predictions and (unread := shapes.unread_entries(lines)):
-        say(f"{path}: entries that are not used: {', '.join(unread)}")
+        note(f"{path}: entries that are not used: {', '.join(unread)}")
     prompts = [line.get("prompt") for line in lines]
     # Of records, `evaluate` has said so; another program's answers may have no prompts.
     if config.from_predictions and None not in prompts and (repeated := len(prompts) - len({*map(repr, prompts)})):
-        say(f"{path}: {repeated_notice(repeated, len(prompts))}")
+        note(f"{path}: {repeated_notice(repeated, len(prompts))}")
     attempts, fates = execute(executor, problems, lines, path, out) if executor is not None else (None, None)
     report = score_all(
         config.metric_names,

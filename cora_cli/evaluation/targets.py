@@ -24,7 +24,7 @@ from cora_cli.models.model_path import ModelPath
 from cora_cli.models.references import absolute, resolve_base, resolve_model
 from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.models.trained_on import say_other_tokenizer, say_unrecorded, trained_on
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.rundir import EvaluationDirectory, RunDirectory, unlike_record
 from cora_cli.settings import TemplateName
 
@@ -309,14 +309,14 @@ class TrainedPrompts:
         `exclude` leaves those out; None does so where the records come from the data set of a training.
         """
         if exclude and not self.hashes:
-            say(f"--exclude-trained leaves no prompt out: of {target.name}, no record says which prompts it was trained on")
+            note(f"--exclude-trained leaves no prompt out: of {target.name}, no record says which prompts it was trained on")
         rest = [record for record in records if not is_among(record, schema, self.hashes)]
         found = len(records) - len(rest)
         if not found:
             return list(records)
         leave_out = target.dataset in self.datasets if exclude is None else exclude
         what = "they are left out" if leave_out else "--exclude-trained leaves them out"
-        say(f"{found} of {len(records)} prompts of {target.dataset} were trained on; {what}")
+        note(f"{found} of {len(records)} prompts of {target.dataset} were trained on; {what}")
         if not leave_out:
             return list(records)
         if not rest:
@@ -346,7 +346,7 @@ def trained_prompts(targets: Sequence[Target]) -> TrainedPrompts:
     for model in unrecorded.values():
         say_unrecorded(model)
     for place in sorted(unknown):
-        say(f"{place} was trained by a version that did not record its prompts: whether it was trained on these is not known")
+        note(f"{place} was trained by a version that did not record its prompts: whether it was trained on these is not known")
     files = {Path(dataset).resolve() for dataset in datasets}
     datasets |= {target.dataset for target in targets if Path(target.dataset).resolve() in files}
     return TrainedPrompts(frozenset(hashes), frozenset(datasets))

@@ -175,7 +175,7 @@ class Execution:
                 self._fail(step, str(error))
             else:
                 self._completed.append(name)
-                self._screen.completed(step, seconds)
+                self._screen.completed(step, seconds, running.log)
                 self._settle(step, result)
 
     def _fail(self, step: Step, error: str) -> None:

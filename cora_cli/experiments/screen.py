@@ -3,6 +3,7 @@
 It reads the metrics and logs of steps and writes only to stderr.
 """
 
+import re
 import shutil
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ledger import judgments_to_ask_for
 from cora_cli.experiments.steps import Plan, Step
-from cora_cli.progress import say
+from cora_cli.progress import NOTE, say
 from cora_cli.reading import read_json
 from cora_cli.records import Metrics, read_run
 from cora_cli.rundir import RunDirectory
@@ -38,6 +39,7 @@ class Screen:
         self._estimated: dict[str, float] = dict.fromkeys(self._ahead, 0.0)
         for name, step in self._left.items():
             self._estimated[step.kind] += expected.get(name, 0.0)
+        self._noted: set[str] = set()
         self._live, self._drawn, self._drew = sys.stderr.isatty(), 0, 0.0
 
     def up_to_date(self, step: Step) -> None:
@@ -53,13 +55,19 @@ class Screen:
         if not self._live:
             self._line(f"{self._count()} {step.name}: {how}{self._time_left()}")
 
-    def completed(self, step: Step, seconds: float) -> None:
-        """Report that a step has finished, with its metrics or held-out loss."""
+    def completed(self, step: Step, seconds: float, log: Path) -> None:
+        """Report that a step has finished, with its metrics or held-out loss, and what its log notes that no earlier step's did."""
         self._forget(step)
         total, count = self._measured.get(step.kind, (0.0, 0))
         self._measured[step.kind] = (total + seconds, count + 1)
         note = "".join(of(self._plan, step) for of in (_metrics, _rate, _loss, _judgments))
         self._line(f"{self._count()} {step.name}: done in {duration(seconds)}{note}")
+        for text in _notes(log):
+            # Steps say the same of their own records each, by other numbers and paths.
+            kind = re.sub(r"\S*/\S*|\d[\d,.]*", "#", text)
+            if kind not in self._noted:
+                self._noted.add(kind)
+                self._line(f"    {text}")
 
     def failed(self, step: Step, reason: str) -> None:
         """Report that a step failed or was skipped, with the reason."""
@@ -180,6 +188,15 @@ def _loss(plan: Plan, step: Step) -> str:
 def _judgments(plan: Plan, step: Step) -> str:
     missing = judgments_to_ask_for(plan.out / step.output) if step.kind == "judge" else ""
     return f"; {missing}, and the same command asks for them again" if missing else ""
+
+
+def _notes(log: Path) -> list[str]:
+    """What a step's log notes (`progress.note`)."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line.rstrip() for line in lines if line.startswith(NOTE)]
 
 
 def _last_line(log: Path) -> str:

@@ -21,7 +21,7 @@ from cora_cli.extraction.gram import one_thread_pool
 from cora_cli.extraction.merge import Group, merge_group, plan
 from cora_cli.extraction.pooled import layer_energies
 from cora_cli.models.model_path import ModelPath
-from cora_cli.progress import progress, say
+from cora_cli.progress import note, progress
 from cora_cli.weights.sources import WeightSource, open_source
 
 
@@ -126,7 +126,7 @@ def extract_basis(
     basis, seconds_decomposing = _extract(groups, sources, subtracted, choices, output, device)
     for one, other in itertools.combinations(basis.sources, 2):
         if one.hash == other.hash:
-            say(f"{one.reference} and {other.reference} hold the same weights there, which count twice")
+            note(f"{one.reference} and {other.reference} hold the same weights there, which count twice")
     if subtracted is not None:
         _say_unchanged(sources, subtracted, list(basis.modules))
     write_basis(output, basis)
@@ -264,7 +264,7 @@ def _say_unchanged(sources: Sequence[WeightSource], base: WeightSource, modules:
             else ""
         )
         if there:
-            say(
+            note(
                 f"{source.reference} holds the weights of the base {there}, so its change is zero, and it counts as a model all the same"
             )
 

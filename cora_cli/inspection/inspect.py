@@ -28,7 +28,7 @@ from cora_cli.inspection.sharing_verdict import Verdict, group_names, judge, poo
 from cora_cli.inspection.starts import known_starts, unrecorded_note
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.references import recorded_base, resolve_model
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.weights.planned import open_planned
 from cora_cli.weights.sources import WeightSource, open_source
 
@@ -111,7 +111,7 @@ def inspect(
     used = used_bases(runs) if runs else []
     for trained, sha256 in dict.fromkeys(one.model for one in used):
         if base_path is not None and sha256 not in base_path.content_hashes():
-            say(
+            note(
                 f"--runs: runs trained {trained}, which has other weights than {base_path.reference}, so the captures are of changes of another model "
                 "than their losses"
             )
@@ -132,8 +132,8 @@ def inspect(
     )
     predictions = tuple(predict(used, models, findings)) if runs else None
     grouping, verdict = group_and_judge(findings, models, base_source, predictions, lost, rank, targets, device, compared)
-    if note := unrecorded_note(of_models, verdict.recovered, compared):
-        verdict = dataclasses.replace(verdict, sentences=(note, *verdict.sentences))
+    if unrecorded := unrecorded_note(of_models, verdict.recovered, compared):
+        verdict = dataclasses.replace(verdict, sentences=(unrecorded, *verdict.sentences))
     function = None
     if kept is not None and base_path is not None and base_source is not None:
         modules = [found.module for found in findings]
@@ -201,7 +201,7 @@ def open_inputs(
     _check_architectures(read | {name: one.architecture for name, one in bases.items()})
     for one in bases.values():
         if base_source and weights and (other := one.other_base(base_source)):
-            say(other)
+            note(other)
     rank = rank or min((one.rank for one in bases.values()), default=DEFAULT_RANK)
     targets = target_modules or next((one.choices.target_modules for one in bases.values()), DEFAULT_TARGET_MODULES)
     return Opened(

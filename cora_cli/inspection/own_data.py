@@ -23,7 +23,7 @@ from cora_cli.models.model_path import ModelPath
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.models.tokenizer import load_tokenizer
 from cora_cli.models.trained_on import say_unrecorded, trained_on
-from cora_cli.progress import say
+from cora_cli.progress import note, say
 from cora_cli.records import read_run, template_date
 from cora_cli.rundir import RunDirectory
 from cora_cli.settings import TemplateName
@@ -66,7 +66,7 @@ def read_own_data(
     """
     found = _requests(requests, models)
     if without := [name for name in models if name not in found]:
-        say(f"without --data, and so only among the others: {', '.join(without)}")
+        note(f"without --data, and so only among the others: {', '.join(without)}")
     skeleton = build_skeleton(load_configuration(base))
     split_projections(skeleton, target_modules)
     target_linears(skeleton, target_modules)
@@ -133,7 +133,9 @@ def _read(
     records, schema = _load(name, request)
     new = [record for record in records if not is_among(record, schema, known)]
     if len(new) < len(records):
-        say(f"{name}: {len(records) - len(new)} of {len(records)} records are left out: an inspected model was trained on them")
+        note(
+            f"{name}: {len(records) - len(new)} of {len(records)} records are left out: an inspected model was trained on them"
+        )
     if not new:
         raise CoraError(f"{request.dataset} has no records for {name} that no inspected model was trained on; name other data")
     record = read_run(request.run) if request.run else None
@@ -153,7 +155,7 @@ def _read(
     # The training cut its records to its length; that of a model from elsewhere is not known, and only its context limits them.
     encoded = encode_records(new, template, int(length or context), "own", rows, context=context)
     for notice in notices(encoded):
-        say(f"records for {name}: {notice}")
+        note(f"records for {name}: {notice}")
     return OwnData(request.dataset, encoded.examples[:limit])
 
 

@@ -37,7 +37,7 @@ from cora_cli.models.quantized import (
     settle_quantized,
 )
 from cora_cli.models.skeleton import Skeleton, build_skeleton, layer_of, shape_fault, skeleton_of, surplus_fault
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.scratch import temporary_directory
 
 UNSTATED = 2**31
@@ -143,7 +143,7 @@ def load_model(
     complete_class(loaded, model.path)
     keep_scales(loaded)
     if model.config().get(RESCALED) and "mamba" in loaded.config.model_type:
-        say(
+        note(
             f"{model.reference}: its weights are used as they are stored; transformers by itself divides those of out_proj as it loads them, because "
             f"config.json sets {RESCALED}: set that to false for what else uses the model"
         )
@@ -169,7 +169,7 @@ def _say_zeros(matrices: Mapping[str, torch.Tensor], reference: str) -> None:
     """
     # One column tells nearly always, without reading the others again.
     if zero := [name for name, weight in matrices.items() if weight.numel() and not weight[..., :1].any() and not weight.any()]:
-        say(
+        note(
             f"{reference}: {len(zero)} of its {len(matrices)} matrices are zero throughout, such as {zero[0]}; if it was not written so, its "
             "download was cut off: download it again"
         )
@@ -250,7 +250,7 @@ def _check_complete(model: ModelPath, checkpoint: Checkpoint, loaded: Any, repor
             "that layer would not compute what it was trained to; merge it into the weight, or correct config.json"
         )
     if unused:
-        say(
+        note(
             f"{model.reference}: {len(unused)} tensors of its files are not used by {type(loaded).__name__}, such as {unused[0]}"
         )
 

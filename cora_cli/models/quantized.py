@@ -17,7 +17,7 @@ from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.precision import UNSUPPORTED, stays_in_float32
 from cora_cli.models.skeleton import ONE_EXPERT
-from cora_cli.progress import say
+from cora_cli.progress import note
 
 PLAIN_COPY = "a copy of the model with weights in bf16, fp16 or fp32"
 _SCALES = {"Linear4bit": "quant_state", "Linear8bitLt": "SCB"}
@@ -195,11 +195,11 @@ def settle_quantized(model: Any, reference: str, dtype: torch.dtype | str, check
             if isinstance(dtype, torch.dtype) and not stays_in_float32(model, name):
                 parameter.data = parameter.data.to(dtype)
         if set(checkpoint.types.values()) <= PLAIN_TYPES:
-            say(
+            note(
                 f"config.json of {reference} has a quantization_config, but its files hold plain weights, which are used as they are"
             )
         else:
-            say(f"{reference} is stored quantised; its weights are used, and written, as plain numbers")
+            note(f"{reference} is stored quantised; its weights are used, and written, as plain numbers")
         return
     if isinstance(dtype, torch.dtype):
         _check_precision(model, reference, dtype)

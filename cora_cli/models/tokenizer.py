@@ -13,7 +13,7 @@ from cora_cli import writing
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.model_path import ModelPath
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.reading import read_foreign, read_json, read_text, refuse_pointer
 
 _OF_ALL_KINDS = "It's 1,234 or 2026: naïve café\n\n    def f(x):\treturn x + 10  # 中文 Привет 😀 DON'T"
@@ -121,7 +121,7 @@ def _say_special_tokens(model: ModelPath, tokenizer: Any) -> None:
     for name in ("eos_token", "bos_token", "unk_token", "pad_token"):
         one, other = (token.get("content") if isinstance(token := each.get(name), dict) else token for each in stated)
         if None not in (one, other) and one != other:
-            say(
+            note(
                 f"{model.reference}: {name} is {one!r} in {paths[0].name}, but {other!r} in {paths[1].name}; {getattr(tokenizer, name)!r} is used"
             )
 
@@ -140,7 +140,7 @@ def _say_other_tokens(model: ModelPath, tokenizer: Any) -> None:
     if described.encode(_OF_ALL_KINDS, add_special_tokens=False).ids != [
         *tokenizer(_OF_ALL_KINDS, add_special_tokens=False)["input_ids"]
     ]:
-        say(
+        note(
             f"{model.reference}: transformers splits text as its {type(tokenizer).__name__} does, into other tokens than tokenizer.json describes; "
             "other programs, and other versions of transformers, may split it as that file says"
         )
@@ -170,9 +170,9 @@ def _say_other_templates(model: ModelPath, tokenizer: Any) -> None:
         ):
             continue
         if used is None:
-            say(
+            note(
                 f"{model.reference}: the chat template of {name} is for processors, so it is not used; copy its text to {model.chat_template.name}"
             )
         else:
             taken = model.chat_template.name if model.chat_template.is_file() else "tokenizer_config.json"
-            say(f"{model.reference}: {name} holds another chat template than {taken}, which is used")
+            note(f"{model.reference}: {name} holds another chat template than {taken}, which is used")

@@ -11,7 +11,7 @@ from pathlib import Path
 from cora_cli import hashing, rundir, writing
 from cora_cli.errors import CoraError
 from cora_cli.models.model_path import ModelPath
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.reading import read_text
 from cora_cli.records import CarriedTraining, read_run, read_sealed, template_date, write_sealed
 from cora_cli.rundir import RunDirectory
@@ -71,7 +71,7 @@ def known_prompts(model: ModelPath) -> frozenset[str]:
 def say_unrecorded(model: ModelPath) -> None:
     """Say so where `cora` trained a model and its files were taken away from the record, so that nothing tells which prompts it knows."""
     if trained_on(model) is None and _is_of_cora(model):
-        say(
+        note(
             f"{model.reference} was trained by cora, but the record of its prompts is not next to it, as it is in its run's directory and in what "
             "`cora export` and `cora merge` write: which prompts it was trained on is not known"
         )
@@ -81,7 +81,7 @@ def say_other_weights(adapter: ModelPath) -> None:
     """Say so where an adapter was trained on a base in 4 bits: what is computed from it now is on the base's stored weights."""
     run = run_of(adapter)
     if run is not None and read_run(run)["fingerprint"]["settings"].get("load_in_4bit"):
-        say(
+        note(
             f"{adapter.reference} was trained on its base in 4 bits (--load-in-4bit), and is put on the base's stored weights here: answers and "
             "losses differ a little from those that the training measured"
         )
@@ -91,7 +91,7 @@ def say_other_tokenizer(adapter: ModelPath, base: ModelPath) -> None:
     """Say so where the tokenizer or chat template of `base` is no longer the one with which a run trained `adapter`, which has none of its own; and
     where `adapter` has a tokenizer of its own that lacks the chat template of the base's, as one that was downloaded in part."""
     if adapter.has_tokenizer and base.has_chat_template and not adapter.has_chat_template:
-        say(
+        note(
             f"the tokenizer in {adapter.reference} has no chat template, and that of its base {base.reference} is not taken in its place; if the adapter was "
             "trained with it, copy chat_template.jinja there"
         )
@@ -100,7 +100,7 @@ def say_other_tokenizer(adapter: ModelPath, base: ModelPath) -> None:
         return
     then = read_run(run)["fingerprint"].get("tokenizer_sha256")
     if then is not None and base.text_hash() != then:
-        say(
+        note(
             f"the tokenizer of {base.reference}, or its chat template, is not the one that {adapter.reference} was trained with, so its prompts and "
             "answers may be others; restore it, or train again"
         )

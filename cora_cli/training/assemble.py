@@ -25,7 +25,7 @@ from cora_cli.models.fused import split_projections, wanted_views
 from cora_cli.models.loading import hides_context, load_model
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized, kind_stated
 from cora_cli.models.skeleton import fused_experts
-from cora_cli.progress import say
+from cora_cli.progress import note, say
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.batching import Batching, choose_batching, make_probes
 from cora_cli.training.checkpoints import checkpoint_to_resume
@@ -115,7 +115,7 @@ def _check_quantized(config: TrainConfig, prepared: Prepared, model: Any) -> Non
     }
     if why := next((why for why, holds in reasons.items() if holds), None):
         raise CoraError(f"{config.model} is held quantised ({kind}), and {why}; use {PLAIN_COPY}, or change that setting")
-    say(f"{config.model} is held quantised ({kind}): the losses, and what is trained, are those of the quantised weights")
+    note(f"{config.model} is held quantised ({kind}): the losses, and what is trained, are those of the quantised weights")
 
 
 def _check_passes(config: TrainConfig, prepared: Prepared, model: Any) -> Batching:
@@ -146,7 +146,7 @@ def _install(
     if prepared.plan is None:
         return loaded
     if experts := fused_experts(loaded):
-        say(f"the experts of {config.model} are not adapted: they are fused tensors such as {experts[0]}")
+        note(f"the experts of {config.model} are not adapted: they are fused tensors such as {experts[0]}")
     observed = dict(sources)
     if observation is not None:
         kept = starts_in(checkpoint_to_resume(run))

@@ -21,7 +21,7 @@ from cora_cli.models.causality import require_causal_pass
 from cora_cli.models.configuration import depends_on_batch, length_limits, rope_switch
 from cora_cli.models.loading import hides_context
 from cora_cli.models.precision import UNSUPPORTED, computing_in, forget_failed_pass, precisions
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.training.attention import register_packed_attention
 from cora_cli.training.losses import response_losses, token_losses
 
@@ -145,7 +145,7 @@ class _Check:
         known = self._reference[: len(short)]  # the shortest come first
         evaluated = known if dtype == self._dtype else self._alone(dtype, short)
         if (worst := _worst(found, evaluated)) > TOLERANCES[dtype]:
-            say(
+            note(
                 f"{type(self._inner).__name__} computes other losses in training than in evaluation (by {worst:.1e}), such as by noise of its own, so "
                 "that what it is trained for is not quite what it is evaluated by"
             )

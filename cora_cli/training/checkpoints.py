@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cora_cli import hashing, writing
 from cora_cli.errors import CoraError
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.reading import read_json
 from cora_cli.records import read_run
 from cora_cli.rundir import RunDirectory
@@ -43,7 +43,7 @@ def newest_intact(root: Path, sealed: bool = False) -> Path | None:
     for checkpoint in reversed(checkpoints_in(root)):
         if (problem := _problem(checkpoint, sealed)) is None:
             return checkpoint
-        say(f"{checkpoint} is damaged and is not used: {problem}")
+        note(f"{checkpoint} is damaged and is not used: {problem}")
     return None
 
 

@@ -9,7 +9,7 @@ from cora_cli import hashing, writing
 from cora_cli.data.records import is_among, prompt_hashes
 from cora_cli.errors import CoraError
 from cora_cli.models.trained_on import known_prompts, say_unrecorded
-from cora_cli.progress import say
+from cora_cli.progress import note, say
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.records import LogLine, RunStatus, Stop, read_run, read_sealed, template_date, write_run
 from cora_cli.rundir import RunDirectory
@@ -108,7 +108,7 @@ def _failed_for_nothing(run: RunDirectory) -> bool:
 def write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, record: dict[str, Any]) -> None:
     """Write the files that a run starts with; a resumption writes the same bytes again, except for the record's history."""
     for notice in notices_on_records(config, prepared):
-        say(notice)
+        note(notice)
     if run.exists():
         earlier = read_run(run)
         kept = {"started": earlier["started"], "sealed_checkpoints": earlier.get("sealed_checkpoints", False)}
@@ -121,7 +121,7 @@ def write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, reco
         if changed := {name: version for name, version in before.items() if now.get(name) != version}:
             record["versions_before"] = changed
             differing = ", ".join(f"{name} {version} (now {now.get(name)})" for name, version in sorted(changed.items()))
-            say(f"{run.root} was begun with {differing}; the same versions would give the result of an uninterrupted run")
+            note(f"{run.root} was begun with {differing}; the same versions would give the result of an uninterrupted run")
     behind: dict[str, None] = {}
     for model in models_behind(config, prepared):
         say_unrecorded(model)

@@ -13,7 +13,7 @@ import torch
 from cora_cli.device import Hardware
 from cora_cli.errors import CoraError, reason
 from cora_cli.planning.page import fits
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.scratch import temporary_directory
 from cora_cli.training.arguments import number_of_processes
 from cora_cli.training.config import TrainConfig
@@ -44,7 +44,7 @@ def fit_rows(config: TrainConfig, prepared: Prepared) -> TrainConfig:
         return config
     tokens, said = (shorter_rows if config.shard == "none" else _shorter_rows_of_all)(config, prepared, capacity)
     if said:
-        say(said)
+        note(said)
     return config if tokens is None else dataclasses.replace(config, tokens_per_row=tokens)
 
 

@@ -32,7 +32,7 @@ from cora_cli.methods.registry import method_of
 from cora_cli.models.fused import split_projections
 from cora_cli.planning.four_bit import hold_in_four_bit
 from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes, follow_training, follow_weights
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.rundir import RunDirectory
 from cora_cli.scratch import temporary_directory
 from cora_cli.training.arguments import number_of_processes, total_steps, training_arguments
@@ -118,10 +118,10 @@ def preflight(config: TrainConfig) -> Preflight:
     try:
         refuse_occupied(RunDirectory(Path(config.output_dir)), config.resume)
     except CoraError as error:
-        say(f"note: this is a plan only, and the command without --dry-run is refused: {error}")
+        note(f"this is a plan only, and the command without --dry-run is refused: {error}")
     prepared = prepare(config, planned=planned_hardware(config.device, config.dtype))
     for notice in notices_on_records(config, prepared):
-        say(notice)
+        note(notice)
     rate = rate_of(config.rate_from, config, prepared) if config.rate_from is not None else None
     return dataclasses.replace(plan_run(config, prepared), rate=rate, proposing=_proposing(config, prepared))
 

@@ -32,7 +32,7 @@ from cora_cli.models.quantized import check_four_bit, kind_stated, require_four_
 from cora_cli.models.references import resolve_model
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.models.tokenizer import load_tokenizer
-from cora_cli.progress import say
+from cora_cli.progress import note, say
 from cora_cli.training.arguments import number_of_processes, total_steps, warmup_steps
 from cora_cli.training.batching import cannot_pack
 from cora_cli.training.config import TrainConfig
@@ -123,7 +123,7 @@ def prepare(
         raise CoraError(f"--report-to {config.report_to} needs the package {config.report_to}: pip install {config.report_to}")
     plan, known, method = config.adapter_plan(), shared or Shared(), method_of(config.mode)
     for notice in config.notices():
-        say(notice)
+        note(notice)
     data, model_path = _read(config, known, weights=planned is None)
     _check_processes(config, method)
     basis = None
@@ -147,7 +147,7 @@ def prepare(
     if config.load_in_4bit:
         require_four_bit()
     if planned is not None and stored:
-        say(
+        note(
             f"{config.model} is stored quantised ({stored}), and may take less memory: the plan counts its weights as plain numbers"
         )
     attention = _packed_attention(config, hardware, skeleton)
@@ -172,11 +172,11 @@ def prepare(
 def _say_left_out(config: TrainConfig, model: ModelPath, removed: dict[str, float]) -> None:
     """Say what the model's configuration asks of a training and this one does not do; `removed` is its dropout."""
     if removed:
-        say(
+        note(
             f"{config.model} is trained without its own dropout: {', '.join(f'{name} {value:g}' for name, value in removed.items())} set to 0"
         )
     if balances_experts(model.config()):
-        say(
+        note(
             f"{config.model} is trained on the loss of the answers alone, without the balance of its experts that output_router_logits in its "
             "config.json adds"
         )
@@ -357,7 +357,7 @@ def _checked_targets(skeleton: Any, method: Method, plan: AdapterPlan) -> list[s
     method.check_layers(plan, linears)
     every = [name for name, module in skeleton.named_modules() if linear_weight(module) is not None]
     if without := layers_without(list(linears), every):
-        say(
+        note(
             f"{len(without)} layers have none of the target modules {', '.join(plan.target_modules)} and are not adapted, such as {without[0]}"
         )
     return list(linears)

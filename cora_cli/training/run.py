@@ -33,7 +33,7 @@ from cora_cli.methods.registry import method_of
 from cora_cli.models.loading import save_model
 from cora_cli.models.references import absolute
 from cora_cli.models.tokenizer import save_tokenizer
-from cora_cli.progress import progress, say
+from cora_cli.progress import note, progress, say
 from cora_cli.reading import read_jsonl
 from cora_cli.records import LogLine, read_run, template_date, write_run, write_sealed
 from cora_cli.rundir import RunDirectory
@@ -276,7 +276,7 @@ def _fit(
         lines = read_jsonl(run.log, LogLine, drop_partial_tail=True) if run.log.exists() else []
         kept = [line for line in lines if line["step"] <= done]
         if lost := done - sum("loss" in line for line in kept):
-            say(
+            note(
                 f"{run.log} has lost {lost:,} of {done:,} steps: the speed in {run.record.name} and the curve in reports will lack them"
             )
         writing.write_jsonl(run.log, kept)

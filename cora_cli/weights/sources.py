@@ -19,7 +19,7 @@ from cora_cli.models.fused import VIEWS, Layout, View
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.quantized import kind_stated
 from cora_cli.models.skeleton import skeleton_of
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.weights.factors import AdapterFactors
 from cora_cli.weights.matrices import is_known, loaded_matrices
 
@@ -74,12 +74,12 @@ class WeightSource(abc.ABC):
     def say_left_out(self, target_modules: Sequence[str]) -> None:
         """Say which weights that `target_modules` match are not read, and which changes are no part of any weight."""
         if left_out := [key for key in self.skipped if any(is_target(key.removesuffix(".weight"), t) for t in target_modules)]:
-            say(
+            note(
                 f"{self.reference}: weights that are left out, since they belong to no layer of the language model that an adapter changes: "
                 f"{len(left_out)}, such as {left_out[0]}"
             )
         if self.biases:
-            say(
+            note(
                 f"{self.reference} also trained {len(self.biases)} biases, such as {self.biases[0]}: they are no part of the weights, and "
                 "nothing of their change is in what is computed here"
             )

@@ -9,7 +9,7 @@ from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import Observed
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.references import resolve_model
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.weights.planned import open_planned
 from cora_cli.weights.sources import WeightSource, open_source
 
@@ -45,11 +45,11 @@ class StartModels:
             source = open_source(model, self._base if model.is_adapter else None)
             _check_shapes(source, self._base, layers)
             if not model.is_adapter:
-                say(
+                note(
                     f"{reference} is a complete model; of its changes, the start has those to the layers of --target-modules alone"
                 )
             elif also := [*(name for name in others if source.own_rank(name, self._base)), *source.without_factors - {*layers}]:
-                say(f"{reference} also changes {len(also)} layers that --target-modules leaves out, such as {min(also)}")
+                note(f"{reference} also changes {len(also)} layers that --target-modules leaves out, such as {min(also)}")
             source.say_left_out(layers)
             self._sources.append(source)
 

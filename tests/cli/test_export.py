@@ -221,7 +221,7 @@ def test_an_adapter_that_saves_embedding_and_head_is_exported_and_merged_in_our_
 
     result = cora("merge", tmp_path / "adapter", "-o", tmp_path / "merged")
     assert result.exit_code == 0, result.stderr
-    said = f"{tmp_path / 'adapter'} changes the embedding or the head, which were one weight: merged, each has its own"
+    said = f"note: {tmp_path / 'adapter'} changes the embedding or the head, which were one weight: merged, each has its own"
     assert said in result.stderr.splitlines()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)

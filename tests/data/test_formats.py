@@ -478,7 +478,7 @@ def test_columns_whose_values_no_run_can_record_are_named(tmp_path, capfd):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**ALPACA, "when": when, "id": 1}]), path)
     assert load_records(str(path))[0] == [{**ALPACA, "id": 1}]
-    assert capfd.readouterr().err.splitlines()[-1] == f"{path}: columns that are left out: when"
+    assert capfd.readouterr().err.splitlines()[-1] == f"note: {path}: columns that are left out: when"
 
 
 def test_records_know_their_file_and_line(tmp_path):
@@ -507,7 +507,7 @@ def test_csv_columns_without_a_name_are_left_out_and_named_once(content, left_ou
     (tmp_path / "a.csv").write_text(content)
     records, _ = load_records(str(tmp_path / "a.csv"))
     assert records == [{"prompt": "q", "completion": "a"}, {"prompt": "r", "completion": "b"}]
-    assert capfd.readouterr().err.splitlines()[0] == f"{tmp_path / 'a.csv'}: columns without a name are left out ({left_out})"
+    assert capfd.readouterr().err.splitlines()[0] == f"note: {tmp_path / 'a.csv'}: columns without a name are left out ({left_out})"
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])
@@ -520,7 +520,7 @@ def test_csv_rows_of_empty_cells_are_left_out_and_counted(tmp_path, capfd):
     (tmp_path / "a.csv").write_text(",\nprompt,completion\nq,a\n , \n\nr,\n,\n")
     records, _ = load_records(str(tmp_path / "a.csv"))
     assert records == [{"prompt": "q", "completion": "a"}, {"prompt": "r", "completion": ""}]
-    assert capfd.readouterr().err.splitlines()[0] == f"{tmp_path / 'a.csv'}: 3 rows of empty cells left out"
+    assert capfd.readouterr().err.splitlines()[0] == f"note: {tmp_path / 'a.csv'}: 3 rows of empty cells left out"
 
 
 @pytest.mark.parametrize(

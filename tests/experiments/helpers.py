@@ -63,6 +63,7 @@ class PretendLauncher:
         self.submitted: list[tuple[str, ...]] = []
         self.content = "made"
         self.judging: dict[str, Any] = {}
+        self.said: Callable[[Sequence[str]], str] = lambda argv: "fine"
         self.running = self.most = 0
 
     def submit(self, kind: str, argv: Sequence[str], log: Path) -> "PretendJob":
@@ -71,7 +72,7 @@ class PretendLauncher:
         self.most = max(self.most, self.running)
         log.parent.mkdir(parents=True, exist_ok=True)
         complaint = self._fails(argv)
-        log.write_text(f"$ cora\n{'cora: error: ' + complaint if complaint else 'fine'}\n")
+        log.write_text(f"$ cora\n{'cora: error: ' + complaint if complaint else self.said(argv)}\n")
         if not complaint:
             self._make(argv)
         return PretendJob(self, 1 if complaint else 0)

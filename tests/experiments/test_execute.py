@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import site
 import time
@@ -67,6 +68,17 @@ def test_a_second_call_does_nothing(plan: Plan) -> None:
     outcome, started = carry_out(plan)
     assert (started, len(outcome.up_to_date)) == ([], STEPS)
     assert "steps are up to date" in summary(plan, outcome)
+
+
+def test_what_steps_note_in_their_logs_is_shown_once(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    launcher = PretendLauncher()
+    launcher.said = lambda argv: (
+        f"note: {plan.out}/{argv[0]}: {len(argv)} of 9 prompts were cut\nnote: columns left out: b\nno note: c"
+    )
+    carry_out(plan, launcher)
+    notes = [line for line in capsys.readouterr().err.splitlines() if "note" in line]
+    assert [note.partition(": ")[2] for note in notes] == [notes[0].partition(": ")[2], "columns left out: b"]
+    assert re.fullmatch(rf"    note: {re.escape(str(plan.out))}/train: \d+ of 9 prompts were cut", notes[0])
 
 
 def test_only_what_the_chosen_rows_need_is_run(plan: Plan) -> None:
@@ -382,7 +394,7 @@ def test_the_time_left_counts_waiting_and_running_steps(
     assert "about 66 s left" in capsys.readouterr().err
     train = [step for step in steps if step.kind == "train"]
     screen.submitted(train[0], "started")
-    screen.completed(train[0], 30.0)  # what is measured replaces the estimate of its kind
+    screen.completed(train[0], 30.0, Path("no log"))  # what is measured replaces the estimate of its kind
     screen.up_to_date(steps[1])
     screen.submitted(train[1], "started")
     # 6 s of the first step, 30 s of the other training, and 10 s of each of the other three.

@@ -13,7 +13,7 @@ from typing import Any
 from cora_cli.data.records import TEST_COLUMNS
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.thoughts import without_thoughts
-from cora_cli.progress import say
+from cora_cli.progress import note
 
 SHAPES = "assertions (as in builtin:code), test and entry_point (HumanEval), or test_list (MBPP)"
 _STOPS = re.compile(r"\n(?:class|def|#|if|print)")
@@ -113,7 +113,7 @@ def say_what_is_not_run(columns: Iterable[Mapping[str, Any] | None], where: str)
     others = [(own or {}, name) for own in columns for name in ("challenge_test_list", "test")]
     left = Counter(name for own, name in others if own.get(name) and own.get("test_list"))
     for name, count in left.items():
-        say(f"{where}: {count} records also have a {name}, which is not run: the benchmark MBPP scores programs by test_list")
+        note(f"{where}: {count} records also have a {name}, which is not run: the benchmark MBPP scores programs by test_list")
 
 
 def programs_of(line: Mapping[str, Any]) -> list[str]:

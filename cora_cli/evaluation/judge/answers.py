@@ -12,7 +12,7 @@ from cora_cli import records as shapes
 from cora_cli.data.records import repeated_notice
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.judge.config import JudgeConfig
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 REFERENCE, SHUFFLED, BASE = "reference", "shuffled reference", "base"
@@ -99,7 +99,7 @@ def load_answers(config: JudgeConfig) -> Answers:
         )
     prompts = tuple(line["prompt"] for line in first.lines)
     if repeated := len(prompts) - len({*prompts}):
-        say(f"{first.predictions}: {repeated_notice(repeated, len(prompts))}")
+        note(f"{first.predictions}: {repeated_notice(repeated, len(prompts))}")
     return Answers(prompts, tuple(references), systems, base is not None, tuple(shuffle))
 
 
@@ -110,7 +110,7 @@ def _say_unlike(systems: Sequence[System]) -> None:
     known = [{**one.get("settings", {}), **one} for one in recorded]
     values = {name: dict.fromkeys(str(one[name]) for one in known if one.get(name) is not None) for name in _OF_ANSWERS}
     if differing := "; ".join(f"{name} ({', '.join(found)})" for name, found in values.items() if len(found) > 1):
-        say(f"the answers were generated with different settings, from which differences in scores may come: {differing}")
+        note(f"the answers were generated with different settings, from which differences in scores may come: {differing}")
 
 
 def shuffled(references: Sequence[str], seed: int) -> list[int | None]:
@@ -197,7 +197,7 @@ def _read(name: str, path: Path, limit: int | None) -> System:
         lines = shapes.read_predictions(path, *KEYS)[:limit]
         answers_sha256 = shapes.answers_hashes(path)[-1]
     if unread := shapes.unread_entries(lines):
-        say(f"{path}: entries that are not used: {', '.join(unread)}")
+        note(f"{path}: entries that are not used: {', '.join(unread)}")
     if len(lines) < 2:
         raise CoraError(f"{path} has {len(lines)} records; judging needs at least two, since anchors are shuffled references")
     return System(name, path, answers_sha256, tuple({key: line[key] for key in KEYS} for line in lines))

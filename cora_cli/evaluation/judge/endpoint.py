@@ -30,7 +30,7 @@ from cora_cli.environment import checked_proxy
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.judge.asking import Call, NoReply, Reply
 from cora_cli.evaluation.judge.config import JudgeConfig
-from cora_cli.progress import say
+from cora_cli.progress import note
 from cora_cli.reading import Malformed, parse_json
 
 LONGEST_WAIT = 60.0
@@ -135,7 +135,7 @@ class Endpoint:
         host = urlsplit(self._url).hostname or ""
         own = _is_loopback(host)
         if self._key and not own and self._url.startswith("http:"):
-            say(
+            note(
                 f"the key in {config.key_variable} is sent to {host} without encryption, because the address is http, not https"
             )
         self._proxy = "" if own else checked_proxy(self._url)

@@ -23,7 +23,7 @@ from cora_cli.evaluation.judge.questions import Question, all_questions
 from cora_cli.evaluation.judge.rubrics import Rubric, load_rubric
 from cora_cli.evaluation.judge.wording import opening
 from cora_cli.lock import own_directory
-from cora_cli.progress import progress, say
+from cora_cli.progress import note, progress, say
 from cora_cli.records import Judging, read_sealed, write_sealed
 from cora_cli.rundir import JudgeDirectory, RunDirectory
 
@@ -179,7 +179,7 @@ def _ask_all(work: _Work, judgments: Judgments) -> None:
     if failures:
         (reason, count), *_ = failures.most_common(1)
         hint = "; a higher --max-tokens allows longer replies" if reason.endswith(CUT) else ""
-        say(
+        note(
             f"{failures.total()} of {len(distinct)} judgments were not obtained, {count} of them for this reason: {reason}{hint}"
         )
 

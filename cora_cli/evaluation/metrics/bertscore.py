@@ -31,7 +31,7 @@ from cora_cli.evaluation.metrics.encoding import embeddings
 from cora_cli.models.checkpoint import finite
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.references import resolve_model
-from cora_cli.progress import say
+from cora_cli.progress import note
 
 EMBEDDED_ENCODER = "builtin:all-MiniLM-L6-v2"
 EMBEDDED_LAYER = 6
@@ -111,14 +111,14 @@ class BertScore(StreamingMetric):
             if len(ids) >= encoder.max_tokens and _is_cut(text, len(ids), encoder.tokenizer)
         }
         if count := sum(not cut.isdisjoint(pair) for pair in pairs):
-            say(
+            note(
                 f"BERTScore: {count} of {len(pairs)} examples have a text of more than the {encoder.max_tokens} tokens that the encoder takes; what comes "
                 "after them is not compared"
             )
         control = encoder.tokenizer.all_special_tokens
         spelled = {text: token for text in tokens if (token := next((one for one in control if one in text), None))}
         if found := [token for pair in pairs if (token := spelled.get(pair[0], spelled.get(pair[1])))]:
-            say(
+            note(
                 f"BERTScore: {len(found)} of {len(pairs)} examples have a text that spells a control token of the encoder, such as {found[0]}, which it "
                 "takes for the token itself, as bert-score does"
             )
