@@ -168,7 +168,7 @@ def _data(record: Mapping[str, Any]) -> str:
     held_out = "held-out, measured" if record["fingerprint"]["settings"].get("eval_limit") else "held-out"
     parts = [("training", data["train"]), (held_out, data["test"]), ("validation", data.get("validation"))]
     rows = [[name, f"{part['records']:,}", f"{part['tokens']:,}"] for name, part in parts if part and part["records"]]
-    hashes = [f"SHA-256 of all records {_code(record['fingerprint']['data_sha256'])}"]
+    hashes = [f"SHA-256 of the records as they are divided {_code(record['fingerprint']['data_sha256'])}"]
     hashes += [f"of the held-out ones {_code(data['test_sha256'])}"] if "test_sha256" in data else []
     held_out_from = f" (held-out records: {_published({'dataset': other})})" if (other := data.get("test_dataset")) else ""
     return f"{_published(data)}{held_out_from}, template {_code(data['template'])}; {', '.join(hashes)}.\n\n" + markdown_table(

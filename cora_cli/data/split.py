@@ -35,7 +35,7 @@ class DataSplit:
     validation: list[Record] = dataclasses.field(default_factory=list)
 
     def content_hash(self) -> str:
-        """SHA-256 of all records in their order."""
+        """SHA-256 of all records in their order and as they are divided."""
         return hashing.sha256_json([self.train, self.test, *([self.validation] if self.validation else [])])
 
 

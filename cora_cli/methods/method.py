@@ -166,6 +166,10 @@ class Method:
         """Sentences on values of `cora train` that this method cannot work with."""
         return []
 
+    def notices(self, plan: AdapterPlan) -> list[str]:
+        """Sentences on values that a user may not have meant."""
+        return []
+
     def resolve(self, request: AdapterRequest) -> AdapterRequest:
         """The request with defaults of the method's own settings filled in. Raises `UsageError` for contradictions."""
         return request

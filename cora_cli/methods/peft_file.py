@@ -64,6 +64,19 @@ class PeftFile(Method):
         alpha = _alpha(own["peft"], rank, request.alpha)
         return dataclasses.replace(request, rank=rank, alpha=alpha, target_modules=tuple(targets), own=own)
 
+    def notices(self, plan: AdapterPlan) -> list[str]:
+        """PEFT itself would take its default for a rank that the file does not state."""
+        stated, config = plan.own["peft"], self.configuration(plan)
+        if stated.get("r") is not None or not hasattr(config, "r"):
+            return []
+        default = next(field.default for field in dataclasses.fields(type(config)) if field.name == "r")
+        alpha = (
+            f", with its default of lora_alpha, {config.lora_alpha}"
+            if hasattr(config, "lora_alpha") and "lora_alpha" not in stated
+            else ""
+        )
+        return [f"--peft-config states no r, so r is that of --rank, {plan.rank}, and not PEFT's default, {default}{alpha}"]
+
     def inputs(self, plan: AdapterPlan) -> dict[str, Any]:
         """The content of the file."""
         return {"peft": plan.own["peft"]}

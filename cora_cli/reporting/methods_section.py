@@ -73,7 +73,7 @@ def _training(runs: Sequence[dict[str, Any]]) -> list[str]:
         else ""
     )
     return [
-        f"{count} trained {model} on {of('data.dataset')} (sha256 {_short(of('fingerprint.data_sha256'))}, template "
+        f"{count} trained {model} on {of('data.dataset')} (sha256 of the records as they are divided {_short(of('fingerprint.data_sha256'))}, template "
         f"{of('data.template')}): {of('data.train.records')} training records with {of('data.train.tokens')} tokens "
         f"({of('data.train.response_tokens')} of them in responses) and {of('data.test.records')} held-out records"
         + (

@@ -74,8 +74,11 @@ class _CheckedSettings(SharedSettings):
         return self._adapter_plan
 
     def notices(self) -> list[str]:
-        """Sentences on settings that have no effect, such as those of an adapter; a user may keep them from another run."""
-        return [f"{flag} has no effect {why}" for why, found in self.unused().items() for flag in given(self, found)]
+        """Sentences on settings that have no effect, such as those of an adapter, which a user may keep from another run, and on others that may not be
+        meant."""
+        plan = self.adapter_plan()
+        found = [] if plan is None else METHODS[self.mode].notices(plan)
+        return [*(f"{flag} has no effect {why}" for why, names in self.unused().items() for flag in given(self, names)), *found]
 
     def unused(self) -> dict[str, list[str]]:
         """The settings that have no effect, whether they are given or not, by the words for why."""

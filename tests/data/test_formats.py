@@ -507,7 +507,10 @@ def test_csv_columns_without_a_name_are_left_out_and_named_once(content, left_ou
     (tmp_path / "a.csv").write_text(content)
     records, _ = load_records(str(tmp_path / "a.csv"))
     assert records == [{"prompt": "q", "completion": "a"}, {"prompt": "r", "completion": "b"}]
-    assert capfd.readouterr().err.splitlines()[0] == f"note: {tmp_path / 'a.csv'}: columns without a name are left out ({left_out})"
+    assert (
+        capfd.readouterr().err.splitlines()[0]
+        == f"note: {tmp_path / 'a.csv'}: columns without a name are left out ({left_out})"
+    )
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])

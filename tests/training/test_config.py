@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cora_cli import writing
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.rundir import RunDirectory
 from cora_cli.settings import comma_separated
@@ -170,6 +171,23 @@ def test_settings_that_have_no_effect_are_named(tmp_path: Path) -> None:
         {"mode": "peft", "peft_config": file, "target_modules": ("q_proj",)},
     ]
     assert not any(notices(**settings) for settings in unused)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"peft_type": "LORA", "use_dora": True}, "6, and not PEFT's default, 8, with its default of lora_alpha, 8"),
+        ({"peft_type": "LORA", "lora_alpha": 3}, "6, and not PEFT's default, 8"),
+        ({"peft_type": "LORA", "r": 6}, None),
+        ({"peft_type": "IA3", "feedforward_modules": []}, None),
+    ],
+)
+def test_a_rank_that_no_file_states_is_said(values: dict[str, Any], says: str | None, tmp_path: Path) -> None:
+    writing.write_json(tmp_path / "peft.json", values)
+    said = TrainConfig(**NEEDED, mode="peft", peft_config=str(tmp_path / "peft.json"), rank=6).notices()
+    assert [one for one in said if "no effect" not in one] == (
+        [f"--peft-config states no r, so r is that of --rank, {says}"] if says else []
+    )
 
 
 def test_only_settings_that_change_no_number_may_differ_on_resume() -> None:
