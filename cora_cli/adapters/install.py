@@ -267,9 +267,13 @@ def check_trained_set(model: PeftModel, plan: AdapterPlan) -> None:
     if not expected and method_of(plan.mode).can_train(plan):
         base: Any = model.base_model
         others = {name for name in trained if base.prefix not in name}
-        if not trained or others:
+        if not trained:
+            raise CoraError("--peft-config: nothing is trained")
+        if others:
+            bias = plan.own.get("peft", {}).get("bias", "none")
+            remedy = f', because of "bias": "{bias}"; "bias": "none" leaves them out' if bias != "none" else ""
             raise CoraError(
-                f"the method of --peft-config also trains {min(others, default='nothing')}, which is not part of the adapter"
+                f"--peft-config: {len(others)} parameters next to the adapter would be trained too, such as {min(others)}, which `cora train` does not do{remedy}"
             )
         return
     if wrong := sorted(expected ^ trained):

@@ -23,6 +23,7 @@ from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import resolve_model
 from cora_cli.training.config import TrainConfig
 from tests.methods.helpers import SMALL, observed_in, older_factors, plan_of
+from tests.weights.helpers import make_llama
 
 RANK = 4
 SHAPES = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64)}
@@ -363,6 +364,18 @@ def test_a_lora_from_a_file_trains_both_of_its_factors(load):
 def test_a_file_that_describes_no_adapter_of_weights_is_refused_with_the_reason(values, said, load):
     with pytest.raises(CoraError, match=said):
         install_adapter(load(), plan("peft", peft=values), None)
+
+
+@pytest.mark.parametrize(("bias", "counted"), [("all", 8), ("lora_only", 4)])
+def test_biases_that_a_file_would_train_are_named_with_what_leaves_them_out(bias, counted):
+    said = f'{counted} parameters next to the adapter would be trained too, such as .*bias, which .*, because of "bias": "{bias}"; "bias": "none"'
+    targets = ["q_proj", "v_proj"]
+    with pytest.raises(CoraError, match=said):
+        install_adapter(
+            make_llama(attention_bias=True),
+            plan("peft", peft={"peft_type": "LORA", "bias": bias, "target_modules": targets}),
+            None,
+        )
 
 
 @pytest.mark.parametrize(
