@@ -166,7 +166,10 @@ def _as_lora(
     transposed = any(stores_transposed(layer) for _, layer in layers)
     targets = copy.copy(config.target_modules)
     state |= _complete(wrapped, stored)
-    made = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed)
+    chosen: dict[str, Any] = {
+        name: copy.copy(getattr(config, name, None)) for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
+    }
+    made = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed, **chosen)
     try:
         for name, _ in layers:
             _check_lora_target_modules_mamba(made, wrapped.get_base_model(), name.rpartition(".")[2])

@@ -18,6 +18,8 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.fork_server import ForkServer, stop_orphan
 
 _GRACE_SECONDS, _POLL_SECONDS = 10.0, 0.02
+PROMPT = "$ cora "
+"""How a log begins, and every further call in it, before the arguments of the command."""
 
 
 class Job(Protocol):
@@ -80,7 +82,7 @@ class LocalLauncher:
         environment = self._environment(slot)
         log.parent.mkdir(parents=True, exist_ok=True)
         with writing.open_to_append(log) as file:
-            file.write(f"$ cora {' '.join(argv)}\n".encode())
+            file.write(f"{PROMPT}{' '.join(argv)}\n".encode())
             file.flush()
             if self._forks and (self._server is None or not self._server.usable):
                 self._server = ForkServer(environment, file)

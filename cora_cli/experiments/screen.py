@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cora_cli.errors import CoraError
+from cora_cli.experiments.launch import PROMPT
 from cora_cli.experiments.ledger import judgments_to_ask_for
 from cora_cli.experiments.steps import Plan, Step
 from cora_cli.progress import NOTE, say
@@ -40,6 +41,7 @@ class Screen:
         for name, step in self._left.items():
             self._estimated[step.kind] += expected.get(name, 0.0)
         self._noted: set[str] = set()
+        self._of_runs = re.compile(rf"{re.escape(str(plan.out))}/(runs|models|evaluations)/[^\s:,;]+")
         self._live, self._drawn, self._drew = sys.stderr.isatty(), 0, 0.0
 
     def up_to_date(self, step: Step) -> None:
@@ -63,8 +65,8 @@ class Screen:
         note = "".join(of(self._plan, step) for of in (_metrics, _rate, _loss, _judgments))
         self._line(f"{self._count()} {step.name}: done in {duration(seconds)}{note}")
         for text in _notes(log):
-            # Steps say the same of their own records each, by other numbers and paths.
-            kind = re.sub(r"\S*/\S*|\d[\d,.]*", "#", text)
+            # Runs of one method note the same under their own names.
+            kind = self._of_runs.sub("", text)
             if kind not in self._noted:
                 self._noted.add(kind)
                 self._line(f"    {text}")
@@ -191,12 +193,13 @@ def _judgments(plan: Plan, step: Step) -> str:
 
 
 def _notes(log: Path) -> list[str]:
-    """What a step's log notes (`progress.note`)."""
+    """What the last part of a step's log notes (`progress.note`); earlier parts are of earlier calls."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    return [line.rstrip() for line in lines if line.startswith(NOTE)]
+    begins = max((place for place, line in enumerate(lines) if line.startswith(PROMPT)), default=0)
+    return [line.rstrip() for line in lines[begins:] if line.startswith(NOTE)]
 
 
 def _last_line(log: Path) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli import writing
+from cora_cli.experiments.launch import PROMPT
 
 _PORTS = range(15000, 32000)
 """Below the ports that systems take for connections."""
@@ -40,7 +41,7 @@ class Spread:
             # By default torch uses all processors of the node, not only those of the job.
             environment["OMP_NUM_THREADS"] = str(max(1, int(cpus) // self.per_node))
         with writing.open_to_append(self.log_here(log)) as file:
-            file.write(f"$ cora {' '.join(argv)}\n".encode())
+            file.write(f"{PROMPT}{' '.join(argv)}\n".encode())
             file.flush()
             command = [sys.executable, "-P", "-m", *self.torchrun(), "cora_cli", *argv]
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)

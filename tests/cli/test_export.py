@@ -11,6 +11,7 @@ from peft import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     BdLoraConfig,
     KasaConfig,
+    LoHaConfig,
     LoraConfig,
     MontecloraConfig,
     PeftModel,
@@ -58,6 +59,28 @@ def cora(command: str, *arguments: Any) -> Any:
 @torch.inference_mode()
 def logits(model: Any) -> torch.Tensor:
     return model(torch.arange(24).reshape(2, 12) * 31 + 5).logits
+
+
+@pytest.mark.filterwarnings("error:Found missing adapter keys")
+@pytest.mark.parametrize(
+    "choice",
+    [{"layers_to_transform": [1]}, {"layers_to_transform": [1], "layers_pattern": "layers"}, {"exclude_modules": r".*\.0\..*"}],
+)
+def test_an_adapter_of_some_layers_is_exported_as_a_lora_of_these(
+    choice: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+    config = LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False, base_model_name_or_path=str(tiny_model), **choice)
+    wrapped = get_peft_model(base(), config)
+    wrapped.save_pretrained(tmp_path / "loha")
+    result = cora("export", tmp_path / "loha", "-o", tmp_path / "lora")
+    assert result.exit_code == 0, result.stderr
+    found = PeftModel.from_pretrained(base(), str(tmp_path / "lora")).eval()
+    torch.testing.assert_close(logits(found), logits(wrapped.eval()))
+    result = cora("merge", tmp_path / "lora", "-o", tmp_path / "merged")
+    assert result.exit_code == 0, result.stderr
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("pissa", 8), ("vera", 40), ("compact", 4)])

@@ -1,7 +1,6 @@
 import contextlib
 import dataclasses
 import os
-import re
 import shutil
 import site
 import time
@@ -15,7 +14,7 @@ import cora_cli
 from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.experiments.estimate import Estimate, steps_that_fit
-from cora_cli.experiments.execute import Execution, Outcome, done_steps, refuse_conflicts, refuse_other_grid, write_plan
+from cora_cli.experiments.execute import Execution, Outcome, done_steps, log_of, refuse_conflicts, refuse_other_grid, write_plan
 from cora_cli.experiments.launch import Job, LocalLauncher
 from cora_cli.experiments.plan_text import summary
 from cora_cli.experiments.screen import Screen, duration
@@ -72,13 +71,44 @@ def test_a_second_call_does_nothing(plan: Plan) -> None:
 
 def test_what_steps_note_in_their_logs_is_shown_once(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     launcher = PretendLauncher()
-    launcher.said = lambda argv: (
-        f"note: {plan.out}/{argv[0]}: {len(argv)} of 9 prompts were cut\nnote: columns left out: b\nno note: c"
-    )
+    runs = [step for step in plan.steps.values() if step.kind == "train"]
+    dropped = {step.argv: 3 + (step is runs[0]) for step in runs}
+
+    def said(argv: Sequence[str]) -> str:
+        of_run = f"note: {plan.out}/runs/{len(launcher.submitted)}: all answers were cut"
+        return f"{of_run}\nnote: {dropped.get(tuple(argv), 3)} records were dropped\nnote: columns left out: b\nno note: c"
+
+    launcher.said = said
     carry_out(plan, launcher)
     notes = [line for line in capsys.readouterr().err.splitlines() if "note" in line]
-    assert [note.partition(": ")[2] for note in notes] == [notes[0].partition(": ")[2], "columns left out: b"]
-    assert re.fullmatch(rf"    note: {re.escape(str(plan.out))}/train: \d+ of 9 prompts were cut", notes[0])
+    assert sorted(notes) == [
+        f"    note: {plan.out}/runs/1: all answers were cut",
+        "    note: 3 records were dropped",
+        "    note: 4 records were dropped",
+        "    note: columns left out: b",
+    ]
+
+
+def test_what_a_step_noted_in_an_earlier_call_is_not_shown_again(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    launcher = PretendLauncher()
+    launcher.said = lambda argv: "note: columns left out: b"
+    carry_out(plan, launcher)
+    for step in plan.steps.values():
+        log = log_of(plan, step)
+        log.write_text(f"{log.read_text()}$ cora {' '.join(step.argv)}\nnote: columns left out: c\n")
+    for record in (plan.out / "steps").iterdir():
+        record.unlink()
+    capsys.readouterr()
+
+    class Silent(PretendLauncher):
+        def submit(self, kind: str, argv: Sequence[str], log: Path) -> Any:
+            text = log.read_text()
+            job = super().submit(kind, argv, log)
+            log.write_text(text)
+            return job
+
+    carry_out(plan, Silent())
+    assert [line for line in capsys.readouterr().err.splitlines() if "note" in line] == ["    note: columns left out: c"]
 
 
 def test_only_what_the_chosen_rows_need_is_run(plan: Plan) -> None:
