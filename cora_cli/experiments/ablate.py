@@ -213,11 +213,19 @@ def rate_of_steps(request: Request) -> float | None:
     return planned_rate(request.device)[0] if request.launcher == "slurm" else matmul_rate(request.device)[0]
 
 
-def _execute(plan: Plan, wanted: set[str], inputs: Inputs, launcher: Launcher, held: int, rate: float | None) -> Outcome:
-    """Run the wanted steps; `rate` is the machine's in FLOPs per second, None where nothing is left to estimate or it is not known."""
+def _execute(
+    plan: Plan,
+    wanted: set[str],
+    inputs: Inputs,
+    launcher: Launcher,
+    held: int,
+    rate: float | None,
+    noted: set[str] | None = None,
+) -> Outcome:
+    """Run the wanted steps; `rate` is the machine's in FLOPs per second, None where nothing is left to estimate or it is not known. `noted`: see `Screen`."""
     estimates = estimate_steps(plan, inputs, rate) if rate is not None else {}
     expected = {name: seconds for name, one in estimates.items() if (seconds := one.seconds) is not None}
-    screen = Screen(plan, wanted, launcher.slots, expected)
+    screen = Screen(plan, wanted, launcher.slots, expected, noted)
     return Execution(plan, wanted, launcher, screen, held).run()
 
 
@@ -235,6 +243,7 @@ def run_stages(
     methods = stages.methods()
     seeds = {method.key: MIN_SEEDS for method in methods}
     done: set[str] = set()
+    noted: set[str] = set()
     outcomes: list[Outcome] = []
     rate: float | None = None
     while True:
@@ -250,7 +259,7 @@ def run_stages(
         fresh = {f"{name}@{plan.steps[name].stop_at}" for name in wanted}
         if not fresh <= done:
             done |= fresh
-            outcomes.append(_execute(plan, wanted, inputs, launcher, held, rate))
+            outcomes.append(_execute(plan, wanted, inputs, launcher, held, rate, noted))
             before, methods = methods, stages.methods()
             for sentence in news(methods, before):
                 say(sentence)

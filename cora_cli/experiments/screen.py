@@ -26,9 +26,14 @@ _REDRAW_SECONDS = 0.5
 
 
 class Screen:
-    """Progress of the `wanted` steps of a plan, of which `slots` run at a time; `expected` has estimated seconds by step."""
+    """Progress of the `wanted` steps of a plan, of which `slots` run at a time; `expected` has estimated seconds by step.
 
-    def __init__(self, plan: Plan, wanted: set[str], slots: int, expected: Mapping[str, float]) -> None:
+    `noted` collects what was shown of the notes in logs, for the screens of later rounds.
+    """
+
+    def __init__(
+        self, plan: Plan, wanted: set[str], slots: int, expected: Mapping[str, float], noted: set[str] | None = None
+    ) -> None:
         self._plan, self._slots, self._expected = plan, slots, expected
         self._left = {name: plan.steps[name] for name in plan.steps if name in wanted}
         self._total, self._failed = len(self._left), 0
@@ -40,7 +45,7 @@ class Screen:
         self._estimated: dict[str, float] = dict.fromkeys(self._ahead, 0.0)
         for name, step in self._left.items():
             self._estimated[step.kind] += expected.get(name, 0.0)
-        self._noted: set[str] = set()
+        self._noted = set[str]() if noted is None else noted
         self._of_runs = re.compile(rf"{re.escape(str(plan.out))}/(runs|models|evaluations)/[^\s:,;]+")
         self._live, self._drawn, self._drew = sys.stderr.isatty(), 0, 0.0
 

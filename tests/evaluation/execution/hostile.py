@@ -127,6 +127,20 @@ ESCAPE = [
     _system_call("getpid by x32", 0x40000000 + 39),
 ]  # fmt: skip
 
+_CRAFTS = """
+import gc, __main__
+peer = next(one for one in gc.get_objects() if isinstance(one, __main__.Program))
+def equal(*_): return made
+def f(x):
+    global made
+    made = False
+    methods = {'__eq__': equal, '__ne__': equal, '__hash__': lambda *_: 0, '__call__': lambda *_: True}
+    classes = peer.request('call', map, (type, ['int'], [(int,)], [methods]), ())
+    one = peer.request('next', peer.request('next', peer.request('call', map, (iter, classes, [0]), ())))
+    made = True
+    return one
+"""
+
 PRETENCE = [
     Hostile("exit", "end with success before the tests", "import sys\nsys.exit(0)", ("exception",)),
     Hostile("exit at once", "end without Python noticing", "import os\nos._exit(0)", ("exception",)),
@@ -146,6 +160,7 @@ PRETENCE = [
     Hostile("interrupt", "raise KeyboardInterrupt", "def f(x): raise KeyboardInterrupt", ("exception",)),
     Hostile("marker on the output", "print the runner's own verdict", "import os, sys\nfor stream in (sys.stdout, sys.stderr):\n    print('[\"started\", \"\"]\\n[\"passed\", \"\"]', file=stream, flush=True)\ndef f(x): return x", ("wrong",)),
     Hostile("marker on every file", "write the runner's own verdict to every open file", "import os\nfor number in range(1, 64):\n    try: os.write(number, b'[\"started\", \"\"]\\n[\"passed\", \"\"]\\n')\n    except OSError: pass\ndef f(x): return x", ("exception",)),
+    Hostile("equal object of the tests", "have the tests make an object that equals everything", _CRAFTS, ("exception",)),
     _lie("answers in advance", "answer what was not asked", "{'value': 2}"),
     _lie("answers with a marker", "send a verdict", "{'loaded': None, 'value': 'passed'}"),
     _lie("code in a name", "have its text executed as a named tuple", "{'value': ['named', 'x(): pass\\nimport os #', ['a'], [1]]}"),

@@ -12,6 +12,7 @@ QUICK = (
     "loopback",
     "exit",
     "equal to everything",
+    "equal object of the tests",
     "near to everything",
     "marker on every file",
     "syscall mount",
@@ -30,6 +31,17 @@ def test_hostile_programs_reach_nothing_and_do_not_pass():
 def test_the_complete_campaign_reaches_nothing_and_leaves_nothing():
     assert len({one.name for one in HOSTILE}) == len(HOSTILE) >= 40
     assert run_campaign(HOSTILE, at_once=2).faults() == []
+
+
+def test_a_program_cannot_skip_a_test_of_unittest():
+    case = "import unittest\nclass Case(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 2)\n"
+    runner = "unittest.TextTestRunner(stream=open('/dev/null', 'w'))"
+    tests = (
+        f"{case}loaded = unittest.defaultTestLoader.loadTestsFromTestCase(Case)\nassert {runner}.run(loaded).wasSuccessful()"
+    )
+    assert outcome("def f(x): return x + 1", tests).fate == "passed"
+    skips = "import unittest\ndef f(x): raise unittest.SkipTest('later')"
+    assert outcome(skips, tests, reference="def f(x): return x + 1").fate == "wrong"
 
 
 def test_the_problem_of_the_campaign_can_be_solved():

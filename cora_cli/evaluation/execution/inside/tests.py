@@ -226,7 +226,12 @@ class Tests(Peer):
             self._globals[name] = found
 
     def answer(self, request: dict[str, Any]) -> Any:
-        """Call a function that the tests gave to the program, or take the next item of an iterator."""
+        """Call a function that the tests gave to the program, or take the next item of an iterator that they gave.
+
+        Raises `Broken` for anything else, such as a built-in function, with which the program could make objects here.
+        """
+        if request["with"][0][:1] != ["yours"]:
+            raise Broken("the program asks for what the tests did not give it")
         function, *values = (self.decode(value) for value in request["with"])
         if request["do"] == "next":
             return next(function)
@@ -267,6 +272,8 @@ class Tests(Peer):
     def raised(self, error: dict[str, Any]) -> BaseException:
         """The exception that the program raised, as one of the same class."""
         kind = self._exception_class(error["classes"])
+        if kind.__module__ == "unittest.case":  # which would skip a test, or end it without a failure
+            kind = type(kind.__name__, (Exception,), {})
         args = tuple(self.decode(one) for one in error["args"]) or ((str(error["text"]),) if error["text"] else ())
         found = kind(*args) if issubclass(kind, OSError) else kind.__new__(kind)
         found.args = args
