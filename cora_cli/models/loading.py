@@ -376,10 +376,24 @@ def _has_own_code(config: Any) -> bool:
     return not type(config).__module__.startswith("transformers.")
 
 
+def _scaled_context(text: Any) -> int:
+    """The tokens to which scaled rotary embeddings stretch the context where the configuration says so apart from its usual entry; 0 elsewhere.
+
+    As published, Qwen2.5's YaRN leaves `max_position_embeddings` at the original length, and Vicuna's linear scaling has `max_sequence_length`.
+    """
+    rope = getattr(text, "rope_parameters", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if rope.get("rope_type") == "yarn" and isinstance(original, int) and isinstance(factor, int | float):
+        return int(original * factor)
+    length = getattr(text, "max_sequence_length", None)
+    return length if rope.get("rope_type") == "linear" and isinstance(length, int) else 0
+
+
 def context_length(config: Any) -> int:
     """The longest sequence that the model supports, in tokens, according to its configuration; `UNSTATED` where that does not tell."""
     text = config.get_text_config(decoder=True)
     names = (*_CONTEXTS, *(_CONTEXTS_OF_OWN_CODE if _has_own_code(config) else ()))
     stated = next((length for name in names if isinstance(length := getattr(text, name, None), int) and length > 0), UNSTATED)
+    stated = max(stated, _scaled_context(text))
     # These number positions from behind the padding token's id.
     return stated - text.pad_token_id - 1 if text.model_type in _POSITIONS_BEHIND_PADDING else stated

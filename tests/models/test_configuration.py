@@ -139,6 +139,34 @@ def test_the_context_length_under_the_names_of_several_families(config: Any, len
     assert context_length(config) == length
 
 
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        # As on the cards of Qwen2.5, in the configuration of Vicuna 16k and in that of DeepSeek-V3, which states the scaled length.
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}, 256),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}, "max_sequence_length": 256}, 256),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}, 64),
+        # Whether this is the scaled length is not said.
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 64),
+        (
+            {
+                "rope_scaling": {
+                    "type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+            64,
+        ),
+        ({"max_sequence_length": 256}, 64),
+    ],
+)
+def test_the_context_length_of_scaled_rotary_embeddings(changes: dict[str, Any], length: int) -> None:
+    assert context_length(LlamaConfig(max_position_embeddings=64, **changes)) == length
+
+
 def test_the_context_length_of_a_class_with_code_of_its_own_may_have_other_names() -> None:
     class Own(PreTrainedConfig):
         model_type = "own"

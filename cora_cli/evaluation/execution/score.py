@@ -45,7 +45,7 @@ class Executor:
                 said = f" ({outcome.detail})" if outcome.detail else ""
                 raise CoraError(
                     f"{problem.where}: the reference solution does not pass its own tests here: {outcome.fate}{said}; correct or remove the "
-                    "record. Programs have Python's standard library only"
+                    "record. Programs have Python's standard library only, and tests run in a process of their own"
                 )
             if outcome.detail or not problem.asserts():
                 said = outcome.detail or "the tests hold no assertion"

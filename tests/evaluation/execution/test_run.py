@@ -109,6 +109,42 @@ RIGHT = {
         "import asyncio\nasync def both(): return await asyncio.gather(double(1), double(2))\nassert asyncio.run(double(3)) == [6] and asyncio.run(both()) == [[2], [4]]\n"
         "try:\n    asyncio.run(double(-1))\nexcept ValueError as error:\n    assert str(error) == 'negative'\nelse:\n    assert False",
     ),
+    "a function of the tests has a name and parameters": (
+        "import inspect\ndef calls(f):\n    return f.__name__, f.__doc__, [*inspect.signature(f).parameters], f.__code__.co_argcount, inspect.isfunction(f)\n"
+        "def call(f, *args, **named): return f(*args, **named)\ndef same(f, g): return f is g",
+        "def add(a, b=2, *rest, c, d=4, **more):\n    'Adds.'\n    return a, b, rest, c, d, more\n"
+        "assert calls(add) == ('add', 'Adds.', ['a', 'b', 'rest', 'c', 'd', 'more'], 2, True) and same(add, add) and not same(add, calls)\n"
+        "assert call(add, 1, c=3) == (1, 2, (), 3, 4, {}) and call(add, 1, 5, 6, c=3, d=7, e=8) == (1, 5, (6,), 3, 7, {'e': 8}) and call(add, c=3, b=9, a=1)[1] == 9\n"
+        "def only(a, b=2, /, c=3): return a, b, c\nassert call(only, 1) == (1, 2, 3) and call(only, 1, c=5) == (1, 2, 5) and calls(lambda x: x)[0] == '<lambda>'",
+    ),
+    "threads": (
+        "import threading\nfrom concurrent.futures import ThreadPoolExecutor\ndef apply(f, xs):\n    with ThreadPoolExecutor(4) as pool: return list(pool.map(f, xs))\n"
+        "class Counter:\n    def __init__(self): self.count, self.lock = 0, threading.Lock()\n    def add(self):\n        with self.lock: self.count += 1",
+        "import threading\nassert apply(lambda x: x * x, list(range(40))) == [x * x for x in range(40)]\nc = Counter()\n"
+        "threads = [threading.Thread(target=lambda: [c.add() for _ in range(20)]) for _ in range(4)]\n[one.start() for one in threads]\n[one.join() for one in threads]\nassert c.count == 80",
+    ),
+    "results that inherit from built-in classes": (
+        "import collections, enum\nclass Colour(str, enum.Enum):\n    RED = 'red'\nclass Level(enum.IntEnum):\n    HIGH = 2\nclass Items(list):\n    def __iter__(self): return iter(())\n"
+        "def colour(): return Colour.RED\ndef level(): return Level.HIGH\ndef items(): return Items([3])\ndef users(): return collections.UserList([1]), collections.UserDict(a=1)",
+        "assert colour() == 'red' and 'e' in colour() and 'ed' in colour() and colour() + '!' == 'red!' and '!' + colour() == '!red'\n"
+        "assert level() == 2 and level() > 1 and 1 < level() and level() + 1 == 3 and divmod(5, level()) == (2, 1)\n"
+        "assert items() == [3] and items() + [4] == [3, 4] and 3 in items() and users()[0] == [1] and users()[1] == {'a': 1}",
+    ),
+    "exceptions have attributes and a text": (
+        "class Missing(LookupError):\n    def __init__(self, key, code):\n        super().__init__(key)\n        self.code, self.tried = code, [key]\n    def __str__(self): return f'{self.code}: {self.args[0]}'\n"
+        "def find(key): raise Missing(key, 404)\ndef leave(): raise SystemExit(3)",
+        "try:\n    find('a')\nexcept Missing as error:\n    assert (error.code, error.tried, str(error), error.args) == (404, ['a'], '404: a', ('a',))\nelse:\n    assert False\n"
+        "try:\n    leave()\nexcept SystemExit as error:\n    assert error.code == 3",
+    ),
+    "context managers see exceptions": (
+        "class Ignoring:\n    def __init__(self, *kinds): self.kinds, self.seen = kinds, []\n    def __enter__(self): return self\n"
+        "    def __exit__(self, kind, error, trace):\n        self.seen.append(str(error))\n        return kind is not None and issubclass(kind, self.kinds)",
+        "i = Ignoring(ValueError)\nwith i:\n    raise ValueError('one')\nassert i.seen == ['one']\ntry:\n    with i:\n        raise KeyError('two')\nexcept KeyError:\n    pass\nelse:\n    assert False",
+    ),
+    "asynchronous iterators and context managers": (
+        "import asyncio\nasync def count(n):\n    for i in range(n):\n        await asyncio.sleep(0)\n        yield i\nclass Open:\n    async def __aenter__(self): return [1]\n    async def __aexit__(self, *_): pass",
+        "import asyncio\nasync def main():\n    async with Open() as found:\n        return found + [i async for i in count(3)]\nassert asyncio.run(main()) == [1, 0, 1, 2]",
+    ),
     "its main part is not run": ("def f(): return 1\nif __name__ == '__main__':\n    print(input())", "assert f() == 1"),
     "standard output": ("def f():\n    print('hello')\n    return 1", "assert f() == 1"),
     "asyncio": ("import asyncio\nasync def g(): return 5\ndef f(): return asyncio.run(g())", "assert f() == 5"),

@@ -5,6 +5,7 @@ values, and judge what they receive.
 """
 
 import ast
+import collections
 import copy
 import inspect
 import json
@@ -12,13 +13,27 @@ import operator
 import os
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from confine import confine
 from wire import BINARY, IN_PLACE, Broken, Peer
 
-_PLAIN: tuple[Any, ...] = (list, dict, set, frozenset, tuple, str, bytes, bytearray, int, float, complex)
+_PLAIN: dict[Any, Callable[[Any], Any]] = {
+    list: lambda value: list(list.__iter__(value)),
+    dict: lambda value: {key: dict.__getitem__(value, key) for key in dict.__iter__(value)},
+    set: lambda value: set(set.__iter__(value)),
+    frozenset: lambda value: frozenset(frozenset.__iter__(value)),
+    tuple: lambda value: tuple(tuple.__iter__(value)),
+    str: str.__str__,
+    bytes: lambda value: bytes(bytes.__iter__(value)),
+    bytearray: lambda value: bytearray(bytearray.__iter__(value)),
+    int: int.__int__,
+    float: float.__float__,
+    complex: lambda value: complex(value.real, value.imag),
+}
+"""What an instance of a class that inherits from a built-in one holds, whatever its own methods say."""
 _OPERATIONS: dict[str, Any] = {
     **{name: getattr(operator, name) for name in (*BINARY, *IN_PLACE)},
     **{
@@ -50,9 +65,9 @@ _OPERATIONS: dict[str, Any] = {
 
 
 class _Function:
-    """A function of the tests, which is called over there."""
+    """Something of the tests that can be called, which is done over there."""
 
-    def __init__(self, peer: Peer, name: str) -> None:
+    def __init__(self, peer: "Program", name: str) -> None:
         self._peer, self.name_there = peer, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,6 +84,51 @@ class _Iterator(_Function):
         return self._peer.request("next", self)
 
 
+_LEFT_OUT = object()
+"""Stands for the default of a parameter, which the tests' function knows itself."""
+
+
+def _function(call: Callable[..., Any], facts: dict[str, Any]) -> Any:
+    """A function with the name and the parameters of one of the tests, for programs that look at these."""
+    parameters, passed, named = [], [], []
+    kinds = [kind for _, kind, _ in facts["parameters"]]
+    for place, (name, kind, has_default) in enumerate(facts["parameters"]):
+        star = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(kind, "")
+        if kind == "KEYWORD_ONLY" and not {"VAR_POSITIONAL", "KEYWORD_ONLY"} & set(kinds[:place]):
+            parameters.append("*")
+        parameters.append(f"{star}{name}" + ("=_LEFT_OUT" if has_default else ""))
+        if kind == "POSITIONAL_ONLY" and kinds[place + 1 : place + 2] != [kind]:
+            parameters.append("/")
+        if kind in ("KEYWORD_ONLY", "VAR_KEYWORD"):
+            named.append(f"**{name}" if star else f"{name!r}: {name}")
+        else:
+            passed.append(f"*(({name!r}, one) for one in {name})" if star else f"({name!r}, {name})")
+    source = f"def function({', '.join(parameters)}):\n    return _pass([{', '.join(passed)}], {{{', '.join(named)}}})"
+
+    def pass_on(positional: list[tuple[str, Any]], keywords: dict[str, Any]) -> Any:
+        first = next((place for place, (_, value) in enumerate(positional) if value is _LEFT_OUT), len(positional))
+        given = {**dict(positional[first:]), **keywords}
+        return call(
+            *(value for _, value in positional[:first]), **{key: one for key, one in given.items() if one is not _LEFT_OUT}
+        )
+
+    namespace: dict[str, Any] = {"_pass": pass_on, "_LEFT_OUT": _LEFT_OUT}
+    exec(source, namespace)
+    found = namespace["function"]
+    found.__name__, found.__qualname__, found.__doc__, found.__module__ = facts["name"], facts["name"], facts["doc"], "tests"
+    return found
+
+
+def _generator(following: Callable[[], Any]) -> Any:
+    """A generator of what one of the tests gives."""
+    while True:
+        try:
+            one = following()
+        except StopIteration:
+            return
+        yield one
+
+
 class Program(Peer):
     """The side of the program, which does what the tests ask for with the objects of `namespace`."""
 
@@ -78,6 +138,9 @@ class Program(Peer):
         super().__init__(receiving, sending, prefix)
         self._globals: dict[str, Any] = {}
         """The values that the tests have for the names that they asked for."""
+        self._stand_ins: dict[str, Any] = {}
+        self._names_there: dict[int, str] = {}
+        self._loop: Any = None
 
     def send(self, message: dict[str, Any]) -> None:
         """See `Peer`. A name that has another value since, as after a `global` statement, is sent again."""
@@ -86,6 +149,11 @@ class Program(Peer):
         self._globals |= found
         message["globals"] = {name: self.encode(value) for name, value in found.items()}
         super().send(message)
+
+    def next_request(self) -> dict[str, Any]:
+        """What the tests ask for next; threads of the program ask nothing meanwhile."""
+        with self._lock:
+            return self.receive()
 
     def answer(self, request: dict[str, Any]) -> Any:
         """Look up a global name, call or await something, or apply one of the operations."""
@@ -99,38 +167,67 @@ class Program(Peer):
         if request["do"] == "plain":
             return self._plain(values[0])
         if request["do"] == "await":
-            import asyncio
-
-            return asyncio.run(values[0])
+            return self._await(values[0])
+        if request["do"] == "exit":
+            error = self.raised(json.loads(values[1]))
+            return values[0].__exit__(type(error), error, None)
         return _OPERATIONS[request["do"]](*values)
+
+    def _await(self, value: Any) -> Any:
+        """What a coroutine returns, or the like; all of them run in one loop, since asynchronous iterators live longer than one."""
+        import asyncio
+
+        async def awaited() -> Any:
+            return await value
+
+        self._loop = self._loop or asyncio.new_event_loop()
+        return self._loop.run_until_complete(awaited())
 
     @staticmethod
     def _plain(value: Any) -> Any:
         """(The value as an instance of the built-in class that it inherits from,), or () if it inherits from none."""
-        return next(((kind(value),) for kind in _PLAIN if isinstance(value, kind)), ())
+        if isinstance(value, collections.UserList | collections.UserDict | collections.UserString):
+            value = value.data
+        return next(((raw(value),) for kind, raw in _PLAIN.items() if isinstance(value, kind)), ())
 
     def stand_in(self, name: str, facts: dict[str, Any]) -> Any:
-        """See `Peer`."""
-        return (_Iterator if facts["iterator"] else _Function)(self, name)
+        """See `Peer`. It is always the same for one object."""
+        if name not in self._stand_ins:
+            found: Any = (_Iterator if facts["iterator"] else _Function)(self, name)
+            if facts["iterator"] and facts["generator"]:
+                found = _generator(found.__next__)
+            elif facts.get("parameters") is not None:
+                found = _function(found, facts)
+            elif facts.get("name"):
+                found.__name__, found.__doc__ = facts["name"], facts["doc"]
+            self._stand_ins[name], self._names_there[id(found)] = found, name
+        return self._stand_ins[name]
 
     def name_of_stand_in(self, value: Any) -> str | None:
         """See `Peer`."""
-        return value.name_there if type(value) in (_Function, _Iterator) else None
+        return value.name_there if type(value) in (_Function, _Iterator) else self._names_there.get(id(value))
 
     def facts(self, value: Any) -> dict[str, Any]:
         """The classes that its class inherits from, the nearest first; the same of itself for a class of exceptions."""
         found: dict[str, Any] = {"classes": [(one.__module__, one.__name__) for one in type(value).__mro__]}
-        found["coroutine"] = inspect.iscoroutine(value)
+        # Not an object of a class that can be awaited, since it may be more than that.
+        found["coroutine"] = (
+            inspect.isawaitable(value) and type(value).__module__ == "builtins" and not inspect.isgenerator(value)
+        )
         if isinstance(value, type) and issubclass(value, BaseException):
             found["exception"] = [(one.__module__, one.__name__) for one in value.__mro__ if issubclass(one, BaseException)]
         return found
 
     def raised(self, error: dict[str, Any]) -> BaseException:
-        """The built-in exception that is nearest to one of the tests' functions."""
+        """An exception of the tests, as one of the nearest class that is the program's or built in."""
         import builtins
 
-        names = (name for module, name in error["classes"] if module == "builtins")
-        return getattr(builtins, next(names, "Exception"))(*(self.decode(one) for one in error["args"]))
+        places = {"builtins": vars(builtins), "program": self.namespace}
+        classes = (places.get(module, {}).get(name) for module, name in error["classes"])
+        kind = next(one for one in (*classes, Exception) if isinstance(one, type) and issubclass(one, BaseException))
+        found = kind.__new__(kind)
+        found.args = tuple(self.decode(one) for one in error["args"])
+        return found
 
 
 def _load(source: str, module: types.ModuleType) -> str | None:
@@ -163,7 +260,7 @@ def main() -> None:
             message = {"error": peer.describe(error)}
         peer.send(message)
         while True:
-            peer.serve(peer.receive())
+            peer.serve(peer.next_request())
     except Broken:
         os._exit(0)
 

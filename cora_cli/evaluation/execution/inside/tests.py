@@ -6,8 +6,10 @@ expected to return: a result is compared here.
 
 import ast
 import errno
+import inspect
 import io
 import json
+import operator
 import os
 import sys
 import traceback
@@ -35,6 +37,10 @@ _REFUSED = {
         "ENETDOWN",
     )
 }
+
+
+_TEXT = "text_by_program"
+"""The attribute of an exception of the program that has its text, which its class may compute in a way of its own."""
 
 
 class Remote:
@@ -76,12 +82,28 @@ class Remote:
     def __enter__(self) -> Any:
         return self._remote_peer.request("getattr", self, "__enter__")()
 
-    def __exit__(self, *_: Any) -> Any:
-        return self._remote_peer.request("getattr", self, "__exit__")(None, None, None)
+    def __exit__(self, kind: Any, error: Any, _: Any) -> Any:
+        if error is None:
+            return self._remote_peer.request("getattr", self, "__exit__")(None, None, None)
+        return self._remote_peer.request("exit", self, json.dumps(self._remote_peer.describe(error)))
+
+    async def __aenter__(self) -> Any:
+        return await self._remote_peer.request("getattr", self, "__aenter__")()
+
+    async def __aexit__(self, *_: Any) -> Any:
+        return await self._remote_peer.request("getattr", self, "__aexit__")(None, None, None)
+
+    def __aiter__(self) -> Any:
+        return self._remote_peer.request("getattr", self, "__aiter__")()
+
+    async def __anext__(self) -> Any:
+        return await self._remote_peer.request("getattr", self, "__anext__")()
 
     def __contains__(self, value: Any) -> bool:
         if _may_see(self, value):
             return bool(self._remote_peer.request("contains", self, value))
+        if plain := self._remote_peer.request("plain", self):
+            return value in plain[0]
         return any(one is value or one == value for one in iter(self))
 
     def __eq__(self, other: object) -> Any:
@@ -122,6 +144,11 @@ def _unary(operation: str) -> Any:
 def _binary(operation: str, reflected: bool = False) -> Any:
     def method(self: Remote, other: Any) -> Any:
         if not _may_see(self, other):
+            # A copy is computed with here, but a container of the program's cannot be changed so.
+            plain = self._remote_peer.request("plain", self)
+            if plain and not (operation in IN_PLACE and type(plain[0]) in (list, dict, set, bytearray)):
+                compute = divmod if operation == "divmod" else getattr(operator, operation)
+                return compute(other, plain[0]) if reflected else compute(plain[0], other)
             kind = self._remote_classes[0][1]
             raise TypeError(
                 f"{operation}: the program returned an object of its class {kind!r} where a plain value is expected"
@@ -267,7 +294,14 @@ class Tests(Peer):
         """Functions and iterators may be used by the program, nothing else."""
         if isinstance(value, type) or not (callable(value) or hasattr(value, "__next__")):
             raise Unsupported(f"the tests use an object of {type(value).__name__} with the program, which cannot be sent to it")
-        return {"iterator": hasattr(value, "__next__")}
+        found: dict[str, Any] = {"iterator": hasattr(value, "__next__"), "generator": inspect.isgenerator(value)}
+        if isinstance(name := getattr(value, "__name__", None), str):
+            found |= {"name": name, "doc": doc if isinstance(doc := value.__doc__, str) else None}
+        if inspect.isfunction(value) and not inspect.iscoroutinefunction(value):
+            parameters = inspect.signature(value, follow_wrapped=False).parameters.values()
+            if all(one.name.isidentifier() for one in parameters):
+                found["parameters"] = [(one.name, one.kind.name, one.default is not one.empty) for one in parameters]
+        return found
 
     def raised(self, error: dict[str, Any]) -> BaseException:
         """The exception that the program raised, as one of the same class."""
@@ -275,9 +309,13 @@ class Tests(Peer):
         if kind.__module__ == "unittest.case":  # which would skip a test, or end it without a failure
             kind = type(kind.__name__, (Exception,), {})
         args = tuple(self.decode(one) for one in error["args"]) or ((str(error["text"]),) if error["text"] else ())
-        found = kind(*args) if issubclass(kind, OSError) else kind.__new__(kind)
+        try:
+            found = kind(*args)  # which sets the attributes of some, such as `errno`
+        except Exception:
+            found = kind.__new__(kind)
         found.args = args
-        found.raised_by_program = True  # type: ignore[attr-defined]
+        vars(found).update({str(name): self.decode(value) for name, value in error.get("attributes", {}).items()})
+        vars(found).update(raised_by_program=True, **{_TEXT: str(error["text"])})
         return found
 
     def class_named(self, classes: list[tuple[str, str]]) -> type:
@@ -291,8 +329,11 @@ class Tests(Peer):
         if isinstance(known, type):
             return known
         if classes[0] not in self._classes:
+            inherited: Any = self.class_named(classes[1:])
+            text = {"__str__": lambda value: vars(value).get(_TEXT) or inherited.__str__(value)}
+            own = {"__module__": module, **(text if issubclass(inherited, BaseException) else {})}
             try:
-                self._classes[classes[0]] = type(name, (self.class_named(classes[1:]),), {"__module__": module})
+                self._classes[classes[0]] = type(name, (inherited,), own)
             except Exception:  # not every class of Python can be inherited from
                 self._classes[classes[0]] = type(name, (), {"__module__": module})
         return self._classes[classes[0]]

@@ -9,10 +9,12 @@ import abc
 import array
 import builtins
 import collections
+import contextlib
 import json
 import os
 import struct
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +96,8 @@ class Peer(abc.ABC):
     def __init__(self, receiving: int, sending: int, prefix: str) -> None:
         self._receiving, self._sending, self._prefix = receiving, sending, prefix
         self._given = 0
+        self._lock = threading.RLock()
+        """Held from a request to its answer, so that threads wait for each other."""
         self._met: list[str] = []
         self._objects: dict[str, Any] = {}
         """Objects by name: containers that both sides have, and others that this side has given a name."""
@@ -126,29 +130,32 @@ class Peer(abc.ABC):
 
     def request(self, operation: str, *values: Any) -> Any:
         """Ask the other side to do something, and return its answer or raise its exception; it may ask back meanwhile."""
-        self.send({"do": operation, "with": [self.encode(value) for value in values]})
-        while True:
-            message = self.receive()
-            if "do" in message:
-                self.serve(message)
-            elif "error" in message:
-                raise self.raised(message["error"])
-            else:
-                return self.decode(message["value"])
+        with self._lock:
+            self.send({"do": operation, "with": [self.encode(value) for value in values]})
+            while True:
+                message = self.receive()
+                if "do" in message:
+                    self.serve(message)
+                elif "error" in message:
+                    raise self.raised(message["error"])
+                else:
+                    return self.decode(message["value"])
 
     def serve(self, message: dict[str, Any]) -> None:
-        """Answer one request."""
+        """Answer one request. Other threads may make requests of their own meanwhile."""
         try:
             answer = self.answer(message)  # kept until it is sent
-            reply = {"value": self.encode(answer)}
+            with self._lock:
+                reply = {"value": self.encode(answer)}
         except Broken:
             raise
         except BaseException as error:  # a program may raise SystemExit, or anything of its own
             reply = {"error": self.describe(error)}
-        self.send(reply)
+        with self._lock:
+            self.send(reply)
 
     def describe(self, error: BaseException) -> dict[str, Any]:
-        """An exception for the other side: its classes with their modules, arguments that are plain values, and its text."""
+        """An exception for the other side: its classes with their modules, arguments that are plain values, its own attributes, and its text."""
         try:
             text = str(error)[:500]
         except BaseException:  # `__str__` of a program's class
@@ -156,7 +163,12 @@ class Peer(abc.ABC):
         plain = [one for one in error.args if type(one) in (str, int, float, bool, type(None))][:5]
         classes = [(one.__module__, one.__name__) for one in type(error).__mro__ if issubclass(one, BaseException)]
         number = error.errno if isinstance(error, OSError) else None
-        return {"classes": classes, "args": [self.encode(one) for one in plain], "text": text, "errno": number}
+        attributes: dict[str, Any] = {}
+        for name, value in vars(error).items():
+            with contextlib.suppress(Unsupported):
+                attributes[name] = self.encode(value)
+        args = [self.encode(one) for one in plain]
+        return {"classes": classes, "args": args, "attributes": attributes, "text": text, "errno": number}
 
     # Frames
 
@@ -173,6 +185,7 @@ class Peer(abc.ABC):
                     "error": {
                         "classes": [("", "ValueTooLarge"), ("builtins", "Exception")],
                         "args": [],
+                        "attributes": {},
                         "text": "",
                         "errno": None,
                     }
