@@ -261,7 +261,7 @@ def test_auto_lets_as_many_steps_share_a_gpu_as_fit(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr("cora_cli.experiments.ablate.free_gpu_bytes", lambda: 7e9)
     slots: list[int] = []
-    monkeypatch.setattr("cora_cli.experiments.ablate.Screen", lambda plan, wanted, number, expected: slots.append(number))
+    monkeypatch.setattr("cora_cli.experiments.ablate.Screen", lambda plan, wanted, number, *_: slots.append(number))
     monkeypatch.setattr("cora_cli.experiments.ablate.Execution.run", lambda execution: Outcome((), (), {}, {}))
     ended = run(write_grid(tmp_path, tiny_model, tiny_data), "-o", tmp_path / "out", "--jobs-per-gpu", "auto")
     assert ended.exit_code == 0, ended.output
