@@ -131,16 +131,18 @@ def test_a_launcher_s_numbers_are_numbers(name: str, value: str, monkeypatch: py
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
-        (
+        pytest.param(
             "HF_HUB_DOWNLOAD_TIMEOUT",
             "soon",
             "the environment variable HF_HUB_DOWNLOAD_TIMEOUT is 'soon', which a library cannot use",
+            marks=pytest.mark.slow,
         ),
         ("TORCH_LOGS", "nonsense", "the environment variable TORCH_LOGS is 'nonsense', which a library cannot use"),
-        (
+        pytest.param(
             "TORCH_DISTRIBUTED_DEBUG",
             "yes",
             "the environment variable TORCH_DISTRIBUTED_DEBUG is 'yes', which a library cannot use",
+            marks=pytest.mark.slow,
         ),
         ("TQDM_MININTERVAL", "often", "the environment variable TQDM_MININTERVAL is 'often', which a library cannot use"),
         ("PYTHONOPTIMIZE", "2", "unset the environment variable PYTHONOPTIMIZE"),

@@ -155,7 +155,7 @@ def test_output_that_finds_no_room_is_one_sentence(workspace: Path, words: str) 
     assert done.stderr.count(b"\n") == 1
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow)])
 def test_a_terminal_of_another_encoding_shows_replacements(workspace: Path, encoding: str) -> None:
     code, screen = on_terminal(["report", "run"], 80, encoding=encoding)
     assert code == 0, screen[-2000:]

@@ -213,7 +213,11 @@ GENERATES = {"generates": "GenerationMixin, ", "base": ", GenerationMixin"}
         (True, {}),
         (False, {"methods": OLD, "arguments": "input_ids, attention_mask=None"}),
         pytest.param(True, {**GENERATES, "arguments": "input_ids, **rest"}, marks=pytest.mark.slow),
-        (False, {**GENERATES, "arguments": "input_ids, past_key_values=None, use_cache=None, **rest"}),
+        pytest.param(
+            False,
+            {**GENERATES, "arguments": "input_ids, past_key_values=None, use_cache=None, **rest"},
+            marks=pytest.mark.slow,
+        ),
         (False, {"arguments": "input_ids, use_cache=True", "returned": f"{OLDER} if use_cache else {OUTPUT}"}),
     ],
 )

@@ -331,6 +331,7 @@ def test_every_method_that_has_a_plan_has_one_on_four_bits(
         assert four_bit.memory.parts["adapter"] == plain.memory.parts["adapter"]
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_the_gpu_are_split_before_the_run(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

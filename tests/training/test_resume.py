@@ -367,7 +367,9 @@ def test_a_run_is_not_resumed_with_another_chat_template(tiny_model: Path, tiny_
     assert train(replace(config, resume=True))["status"] == "finished"
 
 
-@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "begun by an earlier version"])
+@pytest.mark.parametrize(
+    "recorded", [pytest.param(True, marks=pytest.mark.slow), False], ids=["recorded", "begun by an earlier version"]
+)
 def test_a_run_resumed_on_another_day_keeps_the_date_in_its_prompts(
     recorded: bool, dated_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
