@@ -158,7 +158,9 @@ def _widen(model: PreTrainedModel, adapter: ModelPath) -> None:
     What the methods of `_SUMS_IN_FLOAT32` change stays as it is, since float32 takes twice the memory.
     """
     known = dict(model.named_modules())
-    exact = adapter.adapter_config().get("peft_type") in _SUMS_IN_FLOAT32
+    config = adapter.adapter_config()
+    # VeRA's projections, where its files lack them, are drawn in the type of the weight.
+    exact = config.get("peft_type") in _SUMS_IN_FLOAT32 and config.get("save_projection", True)
     stored = Checkpoint(adapter).shapes
     for key in renamed(stored, names_of(model, stored)):
         if exact and ".lora_embedding_" not in key:
@@ -166,7 +168,8 @@ def _widen(model: PreTrainedModel, adapter: ModelPath) -> None:
         parts = key.removeprefix(PREFIX).split(".")
         owners = (known.get(".".join(parts[:end])) for end in range(len(parts) - 1, 0, -1))
         owner = next((owner for owner in owners if owner is not None), None)
-        for parameter in owner._parameters.values() if owner is not None else ():  # such as a bias, which RoAd turns, too
+        # A bias too, which RoAd turns; every weight, where what is stored belongs to no layer, as with Uni-LoRA.
+        for parameter in owner._parameters.values() if owner is not None else model.parameters():
             if parameter is not None:
                 parameter.data = parameter.data.float()
 

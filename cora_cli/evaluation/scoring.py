@@ -18,7 +18,7 @@ from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.directory import check_nothing_is_lost
 from cora_cli.evaluation.execution.problems import Problem, programs_of
 from cora_cli.evaluation.execution.score import Executor, execute
-from cora_cli.evaluation.metrics import build_metrics, comparable_signature, score_all
+from cora_cli.evaluation.metrics import PASS_AT, build_metrics, comparable_signature, score_all
 from cora_cli.evaluation.metrics.calibration import tokens_of
 from cora_cli.evaluation.readability import readability
 from cora_cli.evaluation.shortcomings import count_shortcomings
@@ -94,6 +94,12 @@ def score(
     # Of records, `evaluate` has said so; another program's answers may have no prompts.
     if config.from_predictions and None not in prompts and (repeated := len(prompts) - len({*map(repr, prompts)})):
         note(f"{path}: {repeated_notice(repeated, len(prompts))}")
+    largest = max((PASS_AT[metric] for metric in config.metric_names if metric in PASS_AT), default=0)
+    fewest = min((len(line.get("samples") or [line]) for line in lines), default=largest)
+    if fewest < largest:
+        raise CoraError(
+            f"pass@{largest} needs {largest} answers to each record, but {path} has {fewest} to one; ask for pass@{fewest}"
+        )
     attempts, fates = execute(executor, problems, lines, path, out) if executor is not None else (None, None)
     report = score_all(
         config.metric_names,

@@ -91,7 +91,8 @@ class Ledger:
             return record.get("error") or "not finished"
         if altered := self._altered(step, record):
             return f"{altered[0]} was changed or removed after it was written"
-        return judgments_to_ask_for(self._out / step.output) if step.kind == "judge" else ""
+        lacks = step.kind == "judge" and lacks_judgments(self._out / step.output)
+        return "not all judgments were obtained" if lacks else ""
 
     def has_started(self, step: Step) -> bool:
         """Whether this very training once got past the checks at its start, whatever became of its files."""
@@ -398,14 +399,10 @@ class Ledger:
         return sorted(name for name, digest in known.items() if files.get(name) != digest)
 
 
-def judgments_to_ask_for(place: Path) -> str:
-    """The judgments of an endpoint that were not obtained, as a text; empty if there are none.
-
-    A model on this machine would say the same again.
-    """
+def lacks_judgments(place: Path) -> bool:
+    """Whether an endpoint did not give all judgments, so that it may be asked again. A model on this machine would say the same again."""
     record = read_sealed(JudgeDirectory(place).result, Judging)
-    missing, asked = missing_judgments(record)
-    return f"{missing} of {asked} judgments were not obtained" if missing and "endpoint" in record["judge"] else ""
+    return "endpoint" in record["judge"] and missing_judgments(record)[0] > 0
 
 
 def _not_in_checkpoints(names: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cora_cli.errors import CoraError
 from cora_cli.experiments.launch import PROMPT
-from cora_cli.experiments.ledger import judgments_to_ask_for
+from cora_cli.experiments.ledger import lacks_judgments
 from cora_cli.experiments.steps import Plan, Step
 from cora_cli.progress import NOTE, say
 from cora_cli.reading import read_json
@@ -193,8 +193,8 @@ def _loss(plan: Plan, step: Step) -> str:
 
 
 def _judgments(plan: Plan, step: Step) -> str:
-    missing = judgments_to_ask_for(plan.out / step.output) if step.kind == "judge" else ""
-    return f"; {missing}, and the same command asks for them again" if missing else ""
+    lacks = step.kind == "judge" and lacks_judgments(plan.out / step.output)
+    return "; not all judgments were obtained, and the same command asks for the others" if lacks else ""
 
 
 def _notes(log: Path) -> list[str]:

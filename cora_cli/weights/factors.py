@@ -315,7 +315,9 @@ class AdapterFactors:
 
     def _check_form(self, model: ModelPath) -> None:
         if (kind := self.config.get("peft_type")) != "LORA":
-            raise CoraError(f"{self.reference} is a {kind} adapter; only LORA adapters are supported")
+            raise CoraError(
+                f"{self.reference} is a {kind} adapter, and only LORA adapters are read; `cora export` makes a LoRA of many others, `cora merge` a model of most"
+            )
         for setting in _OTHER_FORMS:
             if self.config.get(setting):
                 remedy = ", nor can it be merged into any" if setting in _NEVER_MERGED else "; merge it first"

@@ -7,6 +7,8 @@ from peft import (
     LoraConfig,
     RandLoraConfig,
     RoadConfig,
+    UniLoraConfig,
+    VeraConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
@@ -84,7 +86,15 @@ def test_weights_of_several_types_keep_theirs(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", [RandLoraConfig(r=4), HiraConfig(r=4), RoadConfig(group_size=8)], ids=["RandLoRA", "HiRA", "RoAd"]
+    "config",
+    [
+        RandLoraConfig(r=4),
+        HiraConfig(r=4),
+        RoadConfig(group_size=8),
+        VeraConfig(r=16, d_initial=1.0, save_projection=False),
+        UniLoraConfig(r=4, theta_d_length=64),
+    ],
+    ids=["RandLoRA", "HiRA", "RoAd", "VeRA without projections", "Uni-LoRA"],
 )
 def test_what_other_methods_change_is_rounded_once(config, tmp_path):
     torch.manual_seed(0)

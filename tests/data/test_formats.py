@@ -100,7 +100,7 @@ def test_the_line_of_a_bad_record_in_an_array_over_many_lines_is_that_of_its_bra
     content = '[\n  {"prompt": "a",\n   "completion": "b"},\n\n  {"prompt": "c",\n   "completion": 5}\n]\n'
     message = failure(tmp_path / "a.json", content)
     assert "line 5:" in message
-    assert message.endswith("completion must be text, not 5")
+    assert message.endswith('completion must be text, not 5, as in "5"')
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_damaged_json_is_named_by_line_and_finding(content, line, found, tmp_pat
         ('{"prompt": "c", "completion": "d"', "not valid JSON"),
         ("[1, 2]", "found [1, 2]"),
         ('{"prompt": "c", "text": "d"}', "column completion is missing; found prompt, text"),
-        ('{"prompt": null, "completion": "d"}', "prompt must be text, not null"),
+        ('{"prompt": null, "completion": "d"}', "prompt must be text, not null; leave out records without it"),
         ('{"prompt": "c", "completion": ["d", "e"]}', 'completion must be text, not ["d", "e"]'),
     ],
 )

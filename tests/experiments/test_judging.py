@@ -100,7 +100,7 @@ def test_the_next_call_asks_an_endpoint_for_the_judgments_that_it_did_not_give(
 
     assert carry_out(missing)[-1] == "judge"
     notes = [line for line in capsys.readouterr().err.splitlines() if "judge-data: done" in line]
-    said = "; 3 of 8 judgments were not obtained, and the same command asks for them again"
+    said = "; not all judgments were obtained, and the same command asks for the others"
     assert [said in note for note in notes] == [asks_again]
     assert carry_out(0) == (["judge"] if asks_again else [])
     assert carry_out(0) == []

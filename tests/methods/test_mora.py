@@ -127,7 +127,7 @@ def test_type_six_is_stored_as_its_squares_and_read_by_cora_alone(load, tiny_mod
     with pytest.raises((KeyError, ValueError), match="CORA_mora-6"):
         PeftModel.from_pretrained(load(), str(tmp_path / "adapter"))
     base = open_source(resolve_model(str(tiny_model)))
-    with pytest.raises(CoraError, match="is a CORA_mora-6 adapter; only LORA adapters are supported"):
+    with pytest.raises(CoraError, match="is a CORA_mora-6 adapter, and only LORA adapters are read; `cora export` makes"):
         open_source(resolve_model(str(tmp_path / "adapter")), base)
 
 

@@ -84,6 +84,15 @@ def test_without_a_sandbox_nothing_runs_and_the_remedy_is_named(tmp_path: Path, 
 
 
 @needs_sandbox
+def test_more_answers_than_there_are_are_asked_for_before_a_program_runs(tmp_path: Path):
+    path = predictions(tmp_path / "predictions.jsonl")
+    config = EvaluateConfig(from_predictions=str(path), metrics=("pass@2",), execute_code=True, device="cpu")
+    with pytest.raises(CoraError, match=r"pass@2 needs 2 answers to each record, but .* has 1 to one; ask for pass@1"):
+        evaluate(config)
+    assert not (tmp_path / "executions.jsonl").exists()
+
+
+@needs_sandbox
 def test_predictions_are_executed_and_the_fate_of_each_program_is_kept(tmp_path: Path):
     path = predictions(tmp_path / "predictions.jsonl")
     config = EvaluateConfig(
