@@ -235,7 +235,7 @@ class EvaluateConfig:
             raise UsageError(f"--{name} must be at least {1 if name == 'samples' else 0}, not {getattr(self, name)}")
         if self.samples > 1 and not self.temperature:
             raise UsageError(f"--samples {self.samples} needs --temperature, such as 0.8: greedy decoding gives one answer")
-        largest = max((PASS_AT[name] for name in self.metric_names if name in PASS_AT), default=0)
+        largest = self.most_samples
         if largest > self.samples and not self.from_predictions:
             raise UsageError(
                 f"pass@{largest} needs at least {largest} answers to each record; use --samples {largest} --temperature 0.8"
@@ -269,6 +269,11 @@ class EvaluateConfig:
     def measures_calibration(self) -> bool:
         """Whether a metric needs the model's probabilities of the reference tokens."""
         return not set(GROUPS["calibration"]).isdisjoint(self.metric_names)
+
+    @property
+    def most_samples(self) -> int:
+        """The largest k of the metrics pass@k; 0 without one."""
+        return max((PASS_AT[name] for name in self.metric_names if name in PASS_AT), default=0)
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.directory import check_nothing_is_lost
 from cora_cli.evaluation.execution.problems import Problem, programs_of
 from cora_cli.evaluation.execution.score import Executor, execute
-from cora_cli.evaluation.metrics import PASS_AT, build_metrics, comparable_signature, score_all
+from cora_cli.evaluation.metrics import build_metrics, comparable_signature, score_all
 from cora_cli.evaluation.metrics.calibration import tokens_of
 from cora_cli.evaluation.readability import readability
 from cora_cli.evaluation.shortcomings import count_shortcomings
@@ -94,7 +94,7 @@ def score(
     # Of records, `evaluate` has said so; another program's answers may have no prompts.
     if config.from_predictions and None not in prompts and (repeated := len(prompts) - len({*map(repr, prompts)})):
         note(f"{path}: {repeated_notice(repeated, len(prompts))}")
-    largest = max((PASS_AT[metric] for metric in config.metric_names if metric in PASS_AT), default=0)
+    largest = config.most_samples
     fewest = min((len(line.get("samples") or [line]) for line in lines), default=largest)
     if fewest < largest:
         raise CoraError(

@@ -149,14 +149,8 @@ def _checked(record: Raw, shape: Shape, raw: Raw, where: str) -> Record:
         if not isinstance(value, str) or not _is_json(value):
             column = next((own for own in (*shape.needs, *shape.reads) if raw.get(own) is value), name)
             shown = json.dumps(value, default=str)[:60]
-            remedy = (
-                f', as in "{shown}"'
-                if isinstance(value, int | float)
-                else "; leave out records without it"
-                if value is None
-                else ""
-            )
-            raise CoraError(f"{where}: {column} must be text, not {shown}{remedy}")
+            remedies = {**dict.fromkeys((int, float, bool), f', as in "{shown}"'), type(None): "; leave out records without it"}
+            raise CoraError(f"{where}: {column} must be text, not {shown}{remedies.get(type(value), '')}")
     return checked
 
 

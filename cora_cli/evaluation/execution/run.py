@@ -63,7 +63,7 @@ def run(problem: Problem, source: str, seconds: int) -> Outcome:
         tests = stack.enter_context(
             sandbox.started(
                 sandbox.script("tests.py"),
-                {"problem.json": json.dumps(problem.for_tests())},
+                {"problem.json": json.dumps(problem.for_tests()), "remote.py": sandbox.script("remote.py")},
                 {"limits": sandbox.limits(TEST_SECONDS), "receive": hear, "send": ask, "result": report},
                 (hear, ask, report),
             )

@@ -84,36 +84,34 @@ class _Iterator(_Function):
         return self._peer.request("next", self)
 
 
-_LEFT_OUT = object()
-"""Stands for the default of a parameter, which the tests' function knows itself."""
+class _LeftOut:
+    """Stands for the default of a parameter, which the tests' function knows itself."""
+
+    def __repr__(self) -> str:
+        return "_LEFT_OUT"
+
+
+_LEFT_OUT = _LeftOut()
 
 
 def _function(call: Callable[..., Any], facts: dict[str, Any]) -> Any:
     """A function with the name and the parameters of one of the tests, for programs that look at these."""
-    parameters, passed, named = [], [], []
-    kinds = [kind for _, kind, _ in facts["parameters"]]
-    for place, (name, kind, has_default) in enumerate(facts["parameters"]):
-        star = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(kind, "")
-        if kind == "KEYWORD_ONLY" and not {"VAR_POSITIONAL", "KEYWORD_ONLY"} & set(kinds[:place]):
-            parameters.append("*")
-        parameters.append(f"{star}{name}" + ("=_LEFT_OUT" if has_default else ""))
-        if kind == "POSITIONAL_ONLY" and kinds[place + 1 : place + 2] != [kind]:
-            parameters.append("/")
-        if kind in ("KEYWORD_ONLY", "VAR_KEYWORD"):
-            named.append(f"**{name}" if star else f"{name!r}: {name}")
-        else:
-            passed.append(f"*(({name!r}, one) for one in {name})" if star else f"({name!r}, {name})")
-    source = f"def function({', '.join(parameters)}):\n    return _pass([{', '.join(passed)}], {{{', '.join(named)}}})"
+    signature = inspect.Signature(
+        [
+            inspect.Parameter(
+                name, getattr(inspect.Parameter, kind), default=_LEFT_OUT if has_default else inspect.Parameter.empty
+            )
+            for name, kind, has_default in facts["parameters"]
+        ]
+    )
 
-    def pass_on(positional: list[tuple[str, Any]], keywords: dict[str, Any]) -> Any:
-        first = next((place for place, (_, value) in enumerate(positional) if value is _LEFT_OUT), len(positional))
-        given = {**dict(positional[first:]), **keywords}
-        return call(
-            *(value for _, value in positional[:first]), **{key: one for key, one in given.items() if one is not _LEFT_OUT}
-        )
+    def pass_on(values: dict[str, Any]) -> Any:
+        given = {name: value for name, value in values.items() if value is not _LEFT_OUT}
+        bound = inspect.BoundArguments(signature, given)
+        return call(*bound.args, **bound.kwargs)
 
-    namespace: dict[str, Any] = {"_pass": pass_on, "_LEFT_OUT": _LEFT_OUT}
-    exec(source, namespace)
+    namespace: dict[str, Any] = {"_pass_on": pass_on, "_LEFT_OUT": _LEFT_OUT}
+    exec(f"def function{signature}: return _pass_on(locals())", namespace)
     found = namespace["function"]
     found.__name__, found.__qualname__, found.__doc__, found.__module__ = facts["name"], facts["name"], facts["doc"], "tests"
     return found
@@ -225,9 +223,7 @@ class Program(Peer):
         places = {"builtins": vars(builtins), "program": self.namespace}
         classes = (places.get(module, {}).get(name) for module, name in error["classes"])
         kind = next(one for one in (*classes, Exception) if isinstance(one, type) and issubclass(one, BaseException))
-        found = kind.__new__(kind)
-        found.args = tuple(self.decode(one) for one in error["args"])
-        return found
+        return self.made(kind, error)
 
 
 def _load(source: str, module: types.ModuleType) -> str | None:

@@ -125,9 +125,6 @@ class Peer(abc.ABC):
     def raised(self, error: dict[str, Any]) -> BaseException:
         """The exception for one that was raised on the other side."""
 
-    def rebind(self, names: dict[str, Any]) -> None:  # noqa: B027  # only the tests follow the other side's names
-        """Take over the values, as written by `encode`, that global names have on the other side now."""
-
     def request(self, operation: str, *values: Any) -> Any:
         """Ask the other side to do something, and return its answer or raise its exception; it may ask back meanwhile."""
         with self._lock:
@@ -170,6 +167,17 @@ class Peer(abc.ABC):
         args = [self.encode(one) for one in plain]
         return {"classes": classes, "args": args, "attributes": attributes, "text": text, "errno": number}
 
+    def made(self, kind: type[BaseException], error: dict[str, Any]) -> BaseException:
+        """An exception of this class, with the arguments and attributes that `describe` found."""
+        args = tuple(self.decode(one) for one in error["args"]) or ((str(error["text"]),) if error["text"] else ())
+        try:
+            found = kind(*args)  # which sets the attributes of some, such as `errno`
+        except Exception:
+            found = kind.__new__(kind)
+        found.args = args
+        vars(found).update({str(name): self.decode(value) for name, value in error["attributes"].items()})
+        return found
+
     # Frames
 
     def send(self, message: dict[str, Any]) -> None:
@@ -208,7 +216,6 @@ class Peer(abc.ABC):
             self._apply(message.pop("contents", {}))
             for name in message.pop("dropped", ()):
                 self._forget(name)
-            self.rebind(message.pop("globals", {}))
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise Broken(f"a message is malformed ({type(error).__name__})") from error
         if not isinstance(message, dict) or not {"do", "error", "value", "loaded"} & message.keys():
