@@ -107,6 +107,9 @@ def _function(call: Callable[..., Any], facts: dict[str, Any]) -> Any:
 
     def pass_on(values: dict[str, Any]) -> Any:
         given = {name: value for name, value in values.items() if value is not _LEFT_OUT}
+        for name, one in signature.parameters.items():
+            if one.kind is one.VAR_POSITIONAL and not given[name]:
+                del given[name]  # which would count as a keyword behind a default that is left out
         bound = inspect.BoundArguments(signature, given)
         return call(*bound.args, **bound.kwargs)
 
