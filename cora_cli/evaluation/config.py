@@ -178,6 +178,12 @@ class EvaluateConfig:
         False,
         panel="Risky",
     )
+    same_process: bool = setting(
+        "Run the tests of a program in its own process, as the script of HumanEval does: for tests that, for example, capture what a program prints. "
+        "A program can then pass without being right.",
+        False,
+        panel="Risky",
+    )
     trust_remote_code: bool = setting(
         "Run Python code that comes with the model. Use only if you trust its author.", False, panel="Risky"
     )
@@ -244,6 +250,8 @@ class EvaluateConfig:
             raise UsageError(f"pass@{largest} runs the programs that the model writes; allow it with --execute-code")
         if self.execute_code and not largest:
             raise UsageError("--execute-code has no effect without pass@1 or the like among --metrics; leave it out")
+        if self.same_process and not self.execute_code:
+            raise UsageError("--same-process has no effect without --execute-code; leave it out")
 
     def _check_ensemble(self) -> None:
         if not self.ensemble:

@@ -122,7 +122,7 @@ def _evaluate(config: EvaluateConfig, hardware: Hardware, processes: Processes) 
     executor = None
     if config.execute_code:
         require_sandbox()
-        executor = Executor()
+        executor = Executor(config.same_process)
     if config.from_predictions:
         check_predictions(config.from_predictions)
         path = Path(config.from_predictions)

@@ -100,7 +100,7 @@ def score(
         raise CoraError(
             f"pass@{largest} needs {largest} answers to each record, but {path} has {fewest} to one; ask for pass@{fewest}"
         )
-    attempts, fates = execute(executor, problems, lines, path, out) if executor is not None else (None, None)
+    executions = execute(executor, problems, lines, path, out, config.metric_names) if executor is not None else None
     report = score_all(
         config.metric_names,
         predictions,
@@ -112,7 +112,7 @@ def score(
         bleu_tokenize=config.bleu_tokenize,
         device=str(hardware.device),
         variant=config.metric_variant,
-        attempts=attempts,
+        attempts=executions.attempts if executions else None,
         tokens=tokens_of(lines, path) if config.measures_calibration else None,
     )
     proxies = readability(list(map(programs_of, lines)), config.bootstrap, config.seed) if config.readability else None
@@ -132,7 +132,8 @@ def score(
         **({"copied_from": str(writing.absolute(path))} if is_copied else {}),
         "scores_sha256": hashing.sha256_file(out.scores),
         "generation": generation,
-        **({"fates": fates} if fates else {}),
+        **({"fates": executions.fates} if executions else {}),
+        **({"same_process": executions.same_process} if executions and executions.same_process else {}),
         **({"readability_proxies": proxies} if config.readability else {}),
         "shortcomings": count_shortcomings(lines),
         "bootstrap": {"resamples": config.bootstrap, "seed": config.seed},

@@ -29,7 +29,7 @@ _SCALE = frozenset(
     }
 )
 _GENERATION = frozenset({"limit", "max_new_tokens", "batch_size"})
-_SCORED = frozenset({"metrics", "metric_variant", "execute_code", "readability"})
+_SCORED = frozenset({"metrics", "metric_variant", "execute_code", "same_process", "readability"})
 # The conditions name what stands in for these.
 _ANNOUNCED = {
     "train": frozenset(

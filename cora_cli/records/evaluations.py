@@ -133,6 +133,7 @@ class Metrics(TypedDict):
     generation: UsedGeneration
     shortcomings: NotRequired[dict[str, int]]
     fates: NotRequired[dict[str, int]]
+    same_process: NotRequired[dict[str, int | float]]
     readability_proxies: NotRequired[dict[str, Proxy]]
 
 
@@ -141,10 +142,12 @@ Scores = dict[str, float]
 
 
 class Program(TypedDict):
-    """What became of one generated program."""
+    """What became of one generated program, apart from its tests and, if it passes only so or only otherwise, in one process with them."""
 
     fate: str
     detail: str
+    same_process_fate: NotRequired[str]
+    same_process_detail: NotRequired[str]
 
 
 class Executed(TypedDict):

@@ -68,7 +68,8 @@ def _answers_of(result: Result, measures: Sequence[str], judged: Sequence[Judged
 def _fate(program: Mapping[str, Any], number: int, executed: Mapping[str, Any]) -> str:
     several = f"sample {number}: " if len(executed["programs"]) > 1 else ""
     detail = f" ({program['detail']})" if program["detail"] else ""
-    return f"program: {several}{program['fate']}{detail}"
+    other = f"; {program['same_process_fate']} in one process with its tests" if "same_process_fate" in program else ""
+    return f"program: {several}{program['fate']}{detail}{other}"
 
 
 def _add_judgments(notes: list[list[str]], judging: Judged, known_by: Collection[str]) -> None:

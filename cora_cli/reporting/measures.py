@@ -171,9 +171,9 @@ def _check_copy(evaluation: EvaluationDirectory, record: Mapping[str, Any]) -> N
 
 
 def read_counts(evaluation: EvaluationDirectory) -> dict[str, Any]:
-    """What `metrics.json` counts in programs, if anything: `fates` and `readability_proxies`."""
+    """What `metrics.json` counts in programs, if anything: `fates`, `same_process` and `readability_proxies`."""
     record = records.read_metrics(evaluation)
-    return {name: record[name] for name in ("fates", "readability_proxies") if name in record}
+    return {name: record[name] for name in ("fates", "same_process", "readability_proxies") if name in record}
 
 
 def _check_hash(path: Path, expected: str | None, where: str) -> None:

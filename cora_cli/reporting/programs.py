@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from cora_cli.evaluation.metrics import PASS_AT
 from cora_cli.evaluation.readability import PROXIES
 from cora_cli.render.table import Cell, Table, number
 from cora_cli.reporting.report_rows import clean
@@ -11,7 +12,8 @@ from cora_cli.reporting.summary import Group
 
 def program_tables(group: Group) -> list[Table]:
     """The fates of the programs of each run of a group, and proxies of their readability; each table only if a run has such numbers."""
-    return [*_fates(_with(group, "fates"), group.name), *_proxies(_with(group, "readability_proxies"), group.name)]
+    differing = _with(group, "same_process")
+    return [*_fates(_with(group, "fates"), differing, group.name), *_proxies(_with(group, "readability_proxies"), group.name)]
 
 
 def _with(group: Group, what: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -25,14 +27,28 @@ def _with(group: Group, what: str) -> list[tuple[str, Mapping[str, Any]]]:
     return found
 
 
-def _fates(rows: list[tuple[str, Mapping[str, Any]]], group: str) -> list[Table]:
+def _fates(
+    rows: list[tuple[str, Mapping[str, Any]]], differing: list[tuple[str, Mapping[str, Any]]], group: str
+) -> list[Table]:
     fates = dict.fromkeys(fate for _, counted in rows for fate in counted)
     cells = tuple(
         (Cell(name), Cell(str(sum(counted.values()))), *(Cell(str(counted.get(fate, 0))) for fate in fates))
         for name, counted in rows
     )
     note = "Numbers of programs, over all samples. passed: all tests held."
-    return [Table(f"{group} – fates of the programs", ("row", "programs", *map(clean, fates)), cells, (note,))] if rows else []
+    notes = (note, *(said for name, found in differing if (said := _otherwise(name, found))))
+    return [Table(f"{group} – fates of the programs", ("row", "programs", *map(clean, fates)), cells, notes)] if rows else []
+
+
+def _otherwise(name: str, found: Mapping[str, Any]) -> str:
+    """What one process would say of the programs of a row, if that is something else."""
+    if not found["only_together"] and not found["only_apart"]:
+        return ""
+    scores = ", ".join(f"{metric} {value:.4f}" for metric, value in found.items() if metric in PASS_AT)
+    return (
+        f"{name}: {found['only_together']} programs pass only in one process with their tests and {found['only_apart']} only apart from them; in "
+        f"one process: {scores}."
+    )
 
 
 def _proxies(rows: list[tuple[str, Mapping[str, Any]]], group: str) -> list[Table]:

@@ -47,6 +47,15 @@ def test_fates_and_proxies_have_a_row_for_each_seed(grid) -> None:
     assert "n = 3 to 4 records" in text
 
 
+def test_a_row_whose_programs_differ_in_one_process_with_their_tests_has_a_note(grid) -> None:
+    differing = ({"only_apart": 0, "only_together": 2, "pass@1": 0.75}, {"only_apart": 0, "only_together": 0, "pass@1": 0.5})
+    count(grid, fates=lambda _: {"passed": 2, "wrong": 2}, same_process=lambda n: differing[n])
+    text = " ".join(report(grid).split())
+    said = "2 programs pass only in one process with their tests and 0 only apart from them; in one process: pass@1 0.7500."
+    assert text.count("in one process with their tests") == 1
+    assert f"seed 0: {said}" in text
+
+
 def test_a_report_without_programs_has_no_section_on_them(grid) -> None:
     assert "Programs" not in report(grid)
 

@@ -1,7 +1,7 @@
-"""Run one program against the tests of its problem in two sandboxes, watch them, and name the program's fate.
+"""Run one program against the tests of its problem, watch it, and name its fate.
 
-The program is in one sandbox, the tests are in the other. They exchange arguments and results (`inside.wire`), and only the tests know what is
-expected and report the verdict, so that nothing that a program does makes it pass but the right results.
+In `run`, the program is in one sandbox, the tests are in another. They exchange arguments and results (`inside.wire`), and only the tests know what is
+expected and report the verdict, so that nothing that a program does makes it pass but the right results. In `run_together` both are in one process.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ IDLE_SECONDS = 5.0
 TEST_SECONDS = 60
 """Processor seconds for the tests themselves, apart from the program."""
 _TICK, _LONGEST_TICK = 0.02, 0.1
+_LONGEST_REPORT = 1 << 16
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _WAITING = frozenset("STtZXIP")
@@ -77,10 +78,35 @@ def run(problem: Problem, source: str, seconds: int) -> Outcome:
         if fate == "not started":
             raise CoraError(f"the sandbox of a program did not start, with exit status {program.poll()}; nothing was scored")
         if fate == "gone":
-            while program.poll() is None and watch.killed is None:
-                time.sleep(_TICK)
-                watch.look()
+            _await_end(program, watch)
         return _outcome(fate, detail, watch, program.poll(), seconds)
+
+
+def run_together(problem: Problem, source: str, seconds: int) -> Outcome:
+    """Run `source` and the tests of `problem` in one process of one sandbox, where a program can pass without being right (`inside.together`).
+
+    Raises `CoraError` as `run` does.
+    """
+    with contextlib.ExitStack() as stack:
+        result, report = os.pipe()
+        ends = stack.enter_context(_Ends([result, report]))
+        files = {"source.py": source, "problem.json": json.dumps(problem.for_tests())}
+        options = {"limits": sandbox.limits(seconds), "result": report}
+        program = stack.enter_context(sandbox.started(sandbox.script("together.py"), files, options, (report,)))
+        ends.close(report)
+        watch = _Watch(program, None, seconds)
+        lines = _lines(result, watch)
+        if lines[:1] != [["started", ""]]:
+            raise CoraError(f"the sandbox of a program did not start, with exit status {program.poll()}; nothing was scored")
+        _await_end(program, watch)
+        fate, detail = lines[1] if len(lines) == 2 else ("gone", "closed")
+        return _outcome(fate, detail, watch, program.poll(), seconds)
+
+
+def _await_end(program: "subprocess.Popen[bytes]", watch: "_Watch") -> None:
+    while program.poll() is None and watch.killed is None:
+        time.sleep(_TICK)
+        watch.look()
 
 
 class _Ends:
@@ -102,7 +128,7 @@ class _Ends:
 
 
 def _lines(result: int, watch: "_Watch") -> list[list[str]]:
-    """What the tests reported, until they close their end or the program was killed."""
+    """What was reported, until the other end is closed or the program was killed; lines that are none of ours are left out."""
     text = b""
     poll = select.poll()
     poll.register(result, select.POLLIN)
@@ -112,14 +138,23 @@ def _lines(result: int, watch: "_Watch") -> list[list[str]]:
         if ready:
             part = os.read(result, 1 << 16)
             text += part
-        if (ready and not part) or (watch.killed and not ready):
-            return [json.loads(line) for line in text.splitlines()]
+        if (ready and not part) or (watch.killed and not ready) or len(text) > _LONGEST_REPORT:
+            return [line for line in map(_line, text[:_LONGEST_REPORT].splitlines()) if line]
+
+
+def _line(text: bytes) -> list[str]:
+    """A fate and its detail; empty for what a program wrote that runs together with its tests."""
+    with contextlib.suppress(ValueError, RecursionError):
+        match json.loads(text):
+            case [str(fate), str(detail)]:
+                return [fate, detail]
+    return []
 
 
 class _Watch:
     """Kills a program when it has used up what the limits of its single processes do not bound: `killed` then says what."""
 
-    def __init__(self, program: "subprocess.Popen[bytes]", tests: "subprocess.Popen[bytes]", seconds: int) -> None:
+    def __init__(self, program: "subprocess.Popen[bytes]", tests: "subprocess.Popen[bytes] | None", seconds: int) -> None:
         self._program, self._tests, self._seconds = program, tests, seconds
         self._idle, self._last = 0.0, time.monotonic()
         self.used = 0.0
@@ -132,7 +167,8 @@ class _Watch:
         passed, self._last = min(now - self._last, _LONGEST_TICK), now
         waiting, used, memory = _usage(self._program.pid)
         self.used = max(self.used, used)
-        self._idle += passed if waiting and _usage(self._tests.pid)[0] else 0.0
+        waiting = waiting and (self._tests is None or _usage(self._tests.pid)[0])
+        self._idle += passed if waiting else 0.0
         # The kernel stops a single process at the limit; only several can exceed it.
         if self.used > self._seconds + 2 or self._idle > IDLE_SECONDS:
             self.killed = "timeout"

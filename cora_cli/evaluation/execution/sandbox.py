@@ -72,8 +72,7 @@ def started(
     """Run `code` in a sandbox with `files` in /cora, `options` as JSON in its first argument, and open `descriptors`; kill it at the end."""
     files = {
         **files,
-        "confine.py": script("confine.py"),
-        "wire.py": script("wire.py"),
+        **{name: script(name) for name in ("confine.py", "judging.py", "wire.py")},
         "main.py": f"import sys; sys.path.insert(0, '/cora')\n{code}",
     }
     with contextlib.ExitStack() as stack:

@@ -4,7 +4,6 @@ What the program does to this process, to Python or to the connection does not m
 values, and judge what they receive.
 """
 
-import ast
 import collections
 import copy
 import inspect
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from confine import confine
+from judging import load
 from wire import BINARY, IN_PLACE, Broken, Peer
 
 _PLAIN: dict[Any, Callable[[Any], Any]] = {
@@ -229,18 +229,6 @@ class Program(Peer):
         return self.made(kind, error)
 
 
-def _load(source: str, module: types.ModuleType) -> str | None:
-    """Execute the program; returns "not code" if it is none."""
-    try:
-        if not ast.parse(source).body:
-            return "not code"
-        code = compile(source, "program.py", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return "not code"
-    exec(code, module.__dict__)
-    return None
-
-
 def main() -> None:
     """Load the program, say how that went, and serve the tests until they close the connection."""
     options = json.loads(sys.argv[1])
@@ -254,7 +242,7 @@ def main() -> None:
     peer.send({"loaded": "started"})
     try:
         try:
-            message = {"loaded": _load(source, module)}
+            message = {"loaded": load(source, module)}
         except BaseException as error:  # including SystemExit
             message = {"error": peer.describe(error)}
         peer.send(message)

@@ -5,39 +5,18 @@ expected to return: a result is compared here.
 """
 
 import ast
-import errno
 import inspect
-import io
 import json
 import os
 import sys
-import traceback
 import weakref
 from pathlib import Path
 from typing import Any
 
 from confine import confine
+from judging import fate_of, run_tests
 from remote import Remote, TypeOf, awaited
 from wire import Broken, Peer, Unsupported
-
-_REFUSED = {
-    getattr(errno, name)
-    for name in (
-        "EPERM",
-        "EACCES",
-        "EROFS",
-        "ENOSPC",
-        "EDQUOT",
-        "EFBIG",
-        "EMFILE",
-        "ENFILE",
-        "EAGAIN",
-        "ENOSYS",
-        "ENETUNREACH",
-        "ENETDOWN",
-    )
-}
-
 
 _TEXT = "text_by_program"
 """The attribute of an exception of the program that has its text, which its class may compute in a way of its own."""
@@ -223,31 +202,12 @@ def _verdict(peer: Tests, problem: dict[str, Any]) -> tuple[str, str]:
         if loaded.get("loaded") is not None:
             return "not code", ""
         used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
-        exec(compile(tests, "tests.py", "exec", dont_inherit=True, optimize=0), _namespace(peer, problem, used))
+        run_tests(tests, _namespace(peer, problem, used))
     except Broken as error:
         return "gone", str(error)
     except BaseException as error:
-        return _fate(error, tests)
+        return fate_of(error, tests, of_tests=not getattr(error, "raised_by_program", False))
     return "passed", "" if peer.used else UNUSED
-
-
-def _fate(error: BaseException, tests: str) -> tuple[str, str]:
-    here = not getattr(error, "raised_by_program", False)
-    name = type(error).__name__
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "tests.py"]
-    line = list(io.StringIO(tests, newline=None))[lines[-1] - 1].strip() if lines and lines[-1] else ""
-    if here and isinstance(error, AssertionError):
-        return "wrong", line[:200]
-    if isinstance(error, MemoryError):
-        return "memory", ""
-    try:
-        text = str(error)
-    except BaseException:  # an exception of a class whose `__str__` needs what was not sent
-        text = ""
-    detail = f"{name}: {text}"[:200] if text else name
-    if not here and (getattr(error, "errno", None) in _REFUSED or "can't start new thread" in text):
-        return "refused", detail
-    return "exception", detail
 
 
 def main() -> None:
