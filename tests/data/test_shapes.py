@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from cora_cli.data.records import prompt_key, turns
@@ -555,3 +556,38 @@ def test_json_with_nulls_inside_tools_or_calls_of_them_is_told(entries, columns,
 def test_words_that_programs_write_for_missing_values_are_told(record, said, tmp_path, capsys):
     load_records(jsonl(tmp_path / "a.jsonl", record))
     assert ("1 record has a text that is nothing but nan, None, null or the like" in capsys.readouterr().err) is said
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_refused"),
+    [
+        (str(SAID), True),  # as pandas writes it
+        (str([{"role": "assistant", "content": np.str_("a")}]), True),
+        (json.dumps(SAID), True),
+        (json.dumps(SAID[1:]), True),
+        (json.dumps(TALK), True),
+        (json.dumps([{"role": "user", "content": "another"}, SAID[1]]), False),  # as a model may be asked to write it
+        (json.dumps([{"role": "tester", "content": "q"}]), False),
+        ("[{'a': 1}]", False),
+    ],
+)
+@pytest.mark.parametrize(("asked", "answered"), [("prompt", "completion"), ("instruction", "output"), ("question", "chosen")])
+def test_an_answer_that_is_the_text_of_messages_is_refused(asked, answered, answer, is_refused, tmp_path):
+    dataset = jsonl(tmp_path / "a.jsonl", *({asked: "q", answered: answer} for _ in range(2)))
+    columns = (f"prompt={asked}", f"response={answered}") if answered == "chosen" else None
+    if is_refused:
+        with pytest.raises(
+            CoraError, match=f"line 1: {answered} is the text of a list of messages: .* complete conversations as messages"
+        ):
+            load_records(dataset, Choice(columns=columns))
+    else:
+        assert len(load_records(dataset, Choice(columns=columns))[0]) == 2
+
+
+def test_messages_as_python_prints_them_are_refused_with_what_keeps_lists(tmp_path):
+    with pytest.raises(CoraError, match=r"messages is text that is not valid JSON .*; write the data as JSON Lines or Parquet"):
+        load_records(jsonl(tmp_path / "a.jsonl", {"messages": str(SAID)}))
+
+
+def test_a_history_that_is_an_empty_list_in_text_is_no_part_of_a_prompt(tmp_path):
+    assert len(load_records(jsonl(tmp_path / "a.jsonl", {"instruction": "i", "output": "o", "history": "[]"}))[0]) == 1

@@ -13,7 +13,7 @@ from cora_cli.data.formats.conversation import ROLES
 from cora_cli.data.formats.dolly import DOLLY
 from cora_cli.data.formats.messages import MESSAGES
 from cora_cli.data.formats.preference import advice_for_preferences, choice_of, lacks_answer
-from cora_cli.data.formats.prompt import COMPLETION, RESPONSE, holds_messages
+from cora_cli.data.formats.prompt import COMPLETION, RESPONSE, holds_messages, is_printed_talk
 from cora_cli.data.formats.published_code import HUMANEVAL, MBPP, MBPP_SANITIZED
 from cora_cli.data.formats.question_answer import QUESTION_ANSWER
 from cora_cli.data.formats.shape import Raw, Shape
@@ -149,8 +149,20 @@ def _checked(record: Raw, shape: Shape, raw: Raw, where: str) -> Record:
         if not isinstance(value, str) or not _is_json(value):
             column = next((own for own in (*shape.needs, *shape.reads) if raw.get(own) is value), name)
             shown = json.dumps(value, default=str)[:60]
-            remedies = {**dict.fromkeys((int, float, bool), f', as in "{shown}"'), type(None): "; leave out records without it"}
+            remedies = {
+                **dict.fromkeys((int, float, bool), f', as in "{shown}"'),
+                type(None): "; leave out records without it",
+                bytes: "; convert the column from bytes to text",
+            }
             raise CoraError(f"{where}: {column} must be text, not {shown}{remedies.get(type(value), '')}")
+    asked, answer = checked[texts[0]], checked[SCHEMAS[schema][-1]]
+    is_own = shape.is_chosen and shape.name == schema  # of an earlier version, which read such text
+    if schema != "text" and not is_own and is_printed_talk(answer, asked):
+        column = next((own for own in shape.needs if raw.get(own) is answer), texts[-1])
+        raise CoraError(
+            f"{where}: {column} is the text of a list of messages: {answer.strip()[:60]!r}; write the text of the answer there, or complete "
+            "conversations as messages"
+        )
     return checked
 
 

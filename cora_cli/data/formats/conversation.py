@@ -45,7 +45,10 @@ def messages_of(talk: Any, where: str, column: str) -> Any:
         try:
             talk = parse_json(talk)
         except Malformed as error:
-            raise CoraError(f"{where}: {column} is text that is not valid JSON ({error}): {talk[:60]!r}") from error
+            raise CoraError(
+                f"{where}: {column} is text that is not valid JSON ({error}): {talk[:60]!r}; write the data as JSON Lines or Parquet, which keep lists as "
+                "such"
+            ) from error
     if not isinstance(talk, list):
         return talk
     messages = [_message(entry, where, column) if isinstance(entry, dict) and "from" in entry else entry for entry in talk]

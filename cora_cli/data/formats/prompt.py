@@ -9,6 +9,7 @@ from cora_cli.data.formats.conversation import messages_of, read_conversation
 from cora_cli.data.formats.shape import Raw, Shape, renamed
 from cora_cli.data.records import TEMPLATE_COLUMNS
 from cora_cli.errors import CoraError
+from cora_cli.reading import Malformed, parse_json
 
 TALK = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 """How a list of messages begins, as JSON or as Python prints it."""
@@ -65,6 +66,21 @@ def holds_messages(record: Raw, prompt: str, answer: str) -> bool:
         or holds_conversation(record.get(answer))
         or (isinstance(asked, str) and bool(TALK.match(asked)))
     )
+
+
+def is_printed_talk(answer: str, asked: str) -> bool:
+    """Whether the text of an answer is a list of messages as a table holds it: as Python prints it, or as JSON of the answer's message or of the question
+    with it. Other JSON may be what a model is to write."""
+    if not TALK.match(answer):
+        return False
+    try:
+        messages = parse_json(answer)
+    except Malformed:
+        return True
+    speakers = [message.get("role", message.get("from")) for message in messages if isinstance(message, dict)]
+    if len(speakers) != len(messages) or speakers[-1] not in ("assistant", "gpt"):
+        return False
+    return len(messages) == 1 or any(asked.strip() == str(one.get("content", one.get("value"))).strip() for one in messages)
 
 
 def holds_conversation(value: Any) -> bool:

@@ -49,7 +49,9 @@ class Shape:
         if self.is_chosen or self.schema == "text":
             return []
         own = {*self.needs, *self.reads}
-        given = {name for name, value in record.items() if value and not (isinstance(value, str) and not value.strip())}
+        given = {
+            name for name, value in record.items() if value and not (isinstance(value, str) and value.strip() in ("", "[]"))
+        }
         return sorted(name for name in given - own if name.strip().lower() in OF_PROMPTS)
 
     def fits(self, columns: set[str]) -> bool:
