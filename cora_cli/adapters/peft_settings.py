@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PromptLearningConfig
 from peft import __version__ as PEFT_VERSION
 from transformers import PreTrainedModel
 
@@ -38,6 +38,11 @@ def say_unknown_settings(adapter: ModelPath) -> None:
         )
     if kind is LoraConfig and "lora_alpha" not in config:
         note(f"adapter {adapter.path}: adapter_config.json has no lora_alpha; PEFT's default, {DEFAULT_ALPHA}, is used")
+
+
+def changes_input(adapter: ModelPath) -> bool:
+    """Whether an adapter is of PEFT's methods that put trained vectors before the prompt, not of those that change weights."""
+    return issubclass(_KINDS.get(adapter.adapter_config().get("peft_type") or "", object), PromptLearningConfig)
 
 
 def say_other_weight_files(adapter: ModelPath) -> None:

@@ -55,12 +55,7 @@ def reference_tokens(model: Any, examples: Sequence[Example]) -> list[ReferenceT
 
     Examples are padded together where every layer is full attention, which cannot see the padding behind an example.
     """
-    inner = model
-    if isinstance(model, PeftModel):
-        inner = model.get_base_model()
-        if model.active_peft_config.is_prompt_learning:
-            kind = model.active_peft_config.peft_type.value
-            raise CoraError(f"--metrics calibration does not support adapters of {kind}, which change the input; leave it out")
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     pads = unsupported(model, max(len(example.input_ids) for example in examples)) is None
     arguments = frozenset(inspect.signature(inner.forward).parameters)
     form = BatchForm("padded" if pads else "single", False, rope_switch(model.config), arguments)

@@ -13,6 +13,7 @@ from cora_cli import hashing
 from cora_cli import records as shapes
 from cora_cli.adapters.base import base_of
 from cora_cli.adapters.loading import check_rank
+from cora_cli.adapters.peft_settings import changes_input
 from cora_cli.adapters.posterior import has_posterior
 from cora_cli.data.records import Record, Schema, is_among
 from cora_cli.data.split import load_test_records
@@ -139,13 +140,22 @@ def _draws(config: EvaluateConfig, adapter: ModelPath | None) -> int:
 
 
 def _check_effects(config: EvaluateConfig, targets: Sequence[Target]) -> None:
-    """Raise `CoraError` where draws are wanted and there is nothing to draw from, or no adapter that could be left unmerged."""
+    """Raise `CoraError` where draws are wanted and there is nothing to draw from, or no adapter that could be left unmerged, or a metric that an adapter
+    does not allow."""
+    for target in targets:
+        _check_calibration(config, target)
     if not config.merge and all(target.adapter is None for target in targets):
         raise CoraError(f"--no-merge has no effect: {targets[-1].name} is a complete model, without an adapter; leave it out")
     if config.draws and not any(target.draws for target in targets):
         raise CoraError(
             f"{targets[-1].name} has no distribution of weights: --draws applies to runs of mode scalabl and of `cora laplace`; leave it out"
         )
+
+
+def _check_calibration(config: EvaluateConfig, target: Target) -> None:
+    if config.measures_calibration and target.adapter is not None and changes_input(target.adapter):
+        kind = target.adapter.adapter_config()["peft_type"]
+        raise CoraError(f"--metrics calibration does not support adapters of {kind}, which change the input; leave it out")
 
 
 def _as_ensemble(config: EvaluateConfig, targets: Sequence[Target]) -> list[Target]:

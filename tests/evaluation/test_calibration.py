@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from cora_cli import hashing, writing
@@ -176,6 +177,15 @@ def test_prompts_that_are_cut_for_their_references_are_counted(tiny_model: Path,
     assert (
         "1 prompts were cut at the start, so that they fit the context together with their references" in capfd.readouterr().err
     )
+
+
+def test_an_adapter_that_changes_the_input_has_no_calibration_and_answers_nothing_before(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, no_model: None
+):
+    config = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", base_model_name_or_path=str(tiny_model))
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CoraError, match="calibration does not support adapters of PROMPT_TUNING, which change the input"):
+        evaluate_model(tmp_path / "adapter", tiny_data, tmp_path / "out", metrics=("calibration",))
 
 
 def test_what_cannot_be_measured_is_refused(run: Path, tiny_model: Path, tmp_path: Path):

@@ -117,6 +117,21 @@ RIGHT = {
         "assert call(add, 1, c=3) == (1, 2, (), 3, 4, {}) and call(add, 1, 5, 6, c=3, d=7, e=8) == (1, 5, (6,), 3, 7, {'e': 8}) and call(add, c=3, b=9, a=1)[1] == 9\n"
         "def only(a, b=2, /, c=3): return a, b, c\nassert call(only, 1) == (1, 2, 3) and call(only, 1, c=5) == (1, 2, 5) and calls(lambda x: x)[0] == '<lambda>'",
     ),
+    "defaults of a function of the tests": (
+        "import inspect\ndef bound(f, *args):\n    found = inspect.signature(f).bind(*args)\n    found.apply_defaults()\n    return dict(found.arguments), f.__defaults__\n"
+        "def call(f, *args, **named): return f(*args, **named)",
+        "def f(a, b=2, *, c=(3,), d=len): return a, b, c, d is len\nassert bound(f, 1) == ({'a': 1, 'b': 2, 'c': (3,), 'd': len}, (2,)) and call(f, 1) == (1, 2, (3,), True)\n"
+        "class Own: pass\ndef g(a=Own()): return isinstance(a, Own)\nassert call(g)\n"
+        "def add(x, seen=[]): seen.append(x); return seen\nassert call(add, 1) == [1] and call(add, 2) == [1, 2] and add(3) == [1, 2, 3]",
+    ),
+    "what an object can and cannot do": (
+        "class Bag:\n    def __init__(self): self.items = []\nclass Full(Bag):\n    def __len__(self): return len(self.items)\n    def __iter__(self): return iter(self.items)\n"
+        "def squares():\n    yield 1\nclass Events:\n    def __init__(self): self.all = []\n    def on(self, f): self.all.append(f)\n    def off(self, f): self.all.remove(f)\n    def fire(self): [f(1) for f in self.all]",
+        "import inspect, types\nfrom collections.abc import Generator, Iterable, Sized\nassert not hasattr(Bag(), '__len__') and not callable(Bag()) and not isinstance(Bag(), (Sized, Iterable)) and bool(Bag())\n"
+        "assert hasattr(Full(), '__len__') and isinstance(Full(), Sized) and isinstance(Full(), Iterable) and not Full() and callable(Full) and callable(Full().__len__)\n"
+        "assert isinstance(squares(), types.GeneratorType) and isinstance(squares(), Generator) and inspect.isgeneratorfunction(squares) and inspect.isfunction(squares)\n"
+        "seen, e = [], Events()\ne.on(seen.append)\ne.on(e.all.count)\ne.fire()\ne.off(seen.append)\ne.fire()\nassert seen == [1] and len(e.all) == 1",
+    ),
     "threads": (
         "import threading\nfrom concurrent.futures import ThreadPoolExecutor\ndef apply(f, xs):\n    with ThreadPoolExecutor(4) as pool: return list(pool.map(f, xs))\n"
         "class Counter:\n    def __init__(self): self.count, self.lock = 0, threading.Lock()\n    def add(self):\n        with self.lock: self.count += 1",
@@ -125,16 +140,20 @@ RIGHT = {
     ),
     "results that inherit from built-in classes": (
         "import collections, enum\nclass Colour(str, enum.Enum):\n    RED = 'red'\nclass Level(enum.IntEnum):\n    HIGH = 2\nclass Items(list):\n    def __iter__(self): return iter(())\n"
-        "def colour(): return Colour.RED\ndef level(): return Level.HIGH\ndef items(): return Items([3])\ndef users(): return collections.UserList([1]), collections.UserDict(a=1)",
+        "class Key(str):\n    def __eq__(self, other): return self.lower() == other.lower()\n    def __hash__(self): return hash(self.lower())\ndef colour(): return Colour.RED\ndef level(): return Level.HIGH\ndef items(): return Items([3])\ndef users(): return collections.UserList([1]), collections.UserDict(a=1)",
         "assert colour() == 'red' and 'e' in colour() and 'ed' in colour() and colour() + '!' == 'red!' and '!' + colour() == '!red'\n"
         "assert level() == 2 and level() > 1 and 1 < level() and level() + 1 == 3 and divmod(5, level()) == (2, 1)\n"
-        "assert items() == [3] and items() + [4] == [3, 4] and 3 in items() and users()[0] == [1] and users()[1] == {'a': 1}",
+        "assert {Key('a'): 1}[Key('A')] == 1 and len({Key('a'), Key('A')}) == 1\n"
+        "assert items() == [3] and items() + [4] == [3, 4] and 3 in items() and users()[0] == [1] and users()[1] == {'a': 1}\n"
+        "assert colour() in {'red'} and {colour(): 1}['red'] == 1 and collections.Counter([level(), level()])[2] == 2",
     ),
     "exceptions have attributes and a text": (
-        "class Missing(LookupError):\n    def __init__(self, key, code):\n        super().__init__(key)\n        self.code, self.tried = code, [key]\n    def __str__(self): return f'{self.code}: {self.args[0]}'\n"
-        "def find(key): raise Missing(key, 404)\ndef leave(): raise SystemExit(3)",
-        "try:\n    find('a')\nexcept Missing as error:\n    assert (error.code, error.tried, str(error), error.args) == (404, ['a'], '404: a', ('a',))\nelse:\n    assert False\n"
-        "try:\n    leave()\nexcept SystemExit as error:\n    assert error.code == 3",
+        "class Missing(LookupError):\n    def __init__(self, key, code):\n        super().__init__(key)\n        self.code, self.tried = code, [key]\n    def __str__(self): return f'{self.code}: {self.args[0]}'\n    status = 4\n    def again(self): return self.args[0]\n"
+        "def find(key): raise Missing(key, 404)\ndef leave(): raise SystemExit(3)\ndef read(): open('/nothing')\ndef decode(text): return text.decode()",
+        "try:\n    find('a')\nexcept Missing as error:\n    assert (error.code, error.tried, str(error), error.args) == (404, ['a'], '404: a', ('a',))\n    assert error.status == 4 and error.again() == 'a'\nelse:\n    assert False\n"
+        "try:\n    leave()\nexcept SystemExit as error:\n    assert error.code == 3\n"
+        "try:\n    read()\nexcept OSError as error:\n    assert error.filename == '/nothing' and 'None' not in str(error)\n"
+        "try:\n    decode(b'a\\xff')\nexcept UnicodeDecodeError as error:\n    assert (error.start, error.reason) == (1, 'invalid start byte')",
     ),
     "context managers see exceptions": (
         "class Ignoring:\n    def __init__(self, *kinds): self.kinds, self.seen = kinds, []\n    def __enter__(self): return self\n"

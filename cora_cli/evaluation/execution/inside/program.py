@@ -18,7 +18,7 @@ from typing import Any
 
 from confine import confine
 from judging import load
-from wire import BINARY, IN_PLACE, Broken, Peer
+from wire import BINARY, IN_PLACE, METHODS, Broken, Peer
 
 _PLAIN: dict[Any, Callable[[Any], Any]] = {
     list: lambda value: list(list.__iter__(value)),
@@ -29,6 +29,7 @@ _PLAIN: dict[Any, Callable[[Any], Any]] = {
     str: str.__str__,
     bytes: lambda value: bytes(bytes.__iter__(value)),
     bytearray: lambda value: bytearray(bytearray.__iter__(value)),
+    memoryview: memoryview.tobytes,
     int: int.__int__,
     float: float.__float__,
     complex: lambda value: complex(value.real, value.imag),
@@ -85,7 +86,7 @@ class _Iterator(_Function):
 
 
 class _LeftOut:
-    """Stands for the default of a parameter, which the tests' function knows itself."""
+    """Stands for the default of a parameter that cannot be sent, which the tests' function knows itself."""
 
     def __repr__(self) -> str:
         return "_LEFT_OUT"
@@ -94,14 +95,17 @@ class _LeftOut:
 _LEFT_OUT = _LeftOut()
 
 
-def _function(call: Callable[..., Any], facts: dict[str, Any]) -> Any:
+def _function(call: Callable[..., Any], facts: dict[str, Any], decode: Callable[[Any], Any]) -> Any:
     """A function with the name and the parameters of one of the tests, for programs that look at these."""
+    defaults = {
+        name: decode(default[0]) if default else _LEFT_OUT for name, _, default in facts["parameters"] if default is not None
+    }
     signature = inspect.Signature(
         [
             inspect.Parameter(
-                name, getattr(inspect.Parameter, kind), default=_LEFT_OUT if has_default else inspect.Parameter.empty
+                name, getattr(inspect.Parameter, kind), default=_LEFT_OUT if name in defaults else inspect.Parameter.empty
             )
-            for name, kind, has_default in facts["parameters"]
+            for name, kind, _ in facts["parameters"]
         ]
     )
 
@@ -116,6 +120,9 @@ def _function(call: Callable[..., Any], facts: dict[str, Any]) -> Any:
     namespace: dict[str, Any] = {"_pass_on": pass_on, "_LEFT_OUT": _LEFT_OUT}
     exec(f"def function{signature}: return _pass_on(locals())", namespace)
     found = namespace["function"]
+    named = found.__kwdefaults__ or {}
+    found.__kwdefaults__ = {name: defaults[name] for name in named} or None
+    found.__defaults__ = tuple(value for name, value in defaults.items() if name not in named) or None
     found.__name__, found.__qualname__, found.__doc__, found.__module__ = facts["name"], facts["name"], facts["doc"], "tests"
     return found
 
@@ -198,7 +205,7 @@ class Program(Peer):
             if facts["iterator"] and facts["generator"]:
                 found = _generator(found.__next__)
             elif facts.get("parameters") is not None:
-                found = _function(found, facts)
+                found = _function(found, facts, self.decode)
             elif facts.get("name"):
                 found.__name__, found.__doc__ = facts["name"], facts["doc"]
             self._stand_ins[name], self._names_there[id(found)] = found, name
@@ -210,7 +217,16 @@ class Program(Peer):
 
     def facts(self, value: Any) -> dict[str, Any]:
         """The classes that its class inherits from, the nearest first; the same of itself for a class of exceptions."""
-        found: dict[str, Any] = {"classes": [(one.__module__, one.__name__) for one in type(value).__mro__]}
+        kind = type(value)
+        found: dict[str, Any] = {"classes": [(one.__module__, one.__name__) for one in kind.__mro__]}
+        defined: dict[str, Any] = {}
+        for one in reversed(kind.__mro__):
+            defined |= vars(one)
+            if one.__module__ in sys.stdlib_module_names:
+                defined["__hash__"] = None  # which the tests compute alike
+        found["methods"] = [name for name in METHODS if defined.get(f"__{name}__") is not None]
+        if isinstance(value, type) and hasattr(value, "__class_getitem__"):
+            found["methods"].append("getitem")
         # Not an object of a class that can be awaited, since it may be more than that.
         found["coroutine"] = (
             inspect.isawaitable(value) and type(value).__module__ == "builtins" and not inspect.isgenerator(value)

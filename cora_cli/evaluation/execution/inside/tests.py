@@ -5,19 +5,24 @@ expected to return: a result is compared here.
 """
 
 import ast
+import contextlib
 import inspect
+import io
 import json
 import os
 import sys
+import types
 import weakref
 from pathlib import Path
 from typing import Any
 
 from confine import confine
 from judging import fate_of, run_tests
-from remote import Remote, TypeOf, awaited
+from remote import Remote, TypeOf, awaited, is_remote, remote_class
 from wire import Broken, Peer, Unsupported
 
+_OF_PYTHON = {one.__name__: one for one in vars(types).values() if isinstance(one, type) and one.__module__ == "builtins"}
+"""The classes of functions, generators and the like, which have no built-in name."""
 _TEXT = "text_by_program"
 """The attribute of an exception of the program that has its text, which its class may compute in a way of its own."""
 
@@ -89,7 +94,8 @@ class Tests(Peer):
             self._exception_names[id(found)] = name
             return found
         if (remote := self._remotes.get(name)) is None:
-            remote = self._remotes[name] = Remote(self, name, _names(facts["classes"]))
+            kind = remote_class(frozenset(map(str, facts["methods"])))
+            remote = self._remotes[name] = kind(self, name, _names(facts["classes"]))
         return awaited(remote) if facts["coroutine"] else remote
 
     def encode(self, value: Any) -> Any:
@@ -103,13 +109,15 @@ class Tests(Peer):
 
     def name_of_stand_in(self, value: Any) -> str | None:
         """See `Peer`."""
-        if type(value) is Remote:
-            return value._remote_name
+        if is_remote(value):
+            return str(value._remote_name)
         return self._exception_names.get(id(value)) if isinstance(value, type) else None
 
     def facts(self, value: Any) -> dict[str, Any]:
         """Functions and iterators may be used by the program, nothing else."""
-        if isinstance(value, type) or not (callable(value) or hasattr(value, "__next__")):
+        # A file could also be read otherwise than by its lines.
+        is_usable = callable(value) or (hasattr(value, "__next__") and not isinstance(value, io.IOBase))
+        if isinstance(value, type) or not is_usable:
             raise Unsupported(f"the tests use an object of {type(value).__name__} with the program, which cannot be sent to it")
         found: dict[str, Any] = {"iterator": hasattr(value, "__next__"), "generator": inspect.isgenerator(value)}
         if isinstance(name := getattr(value, "__name__", None), str):
@@ -117,8 +125,17 @@ class Tests(Peer):
         if inspect.isfunction(value) and not inspect.iscoroutinefunction(value):
             parameters = inspect.signature(value, follow_wrapped=False).parameters.values()
             if all(one.name.isidentifier() for one in parameters):
-                found["parameters"] = [(one.name, one.kind.name, one.default is not one.empty) for one in parameters]
+                found["parameters"] = [
+                    (one.name, one.kind.name, None if one.default is one.empty else self._default(one.default))
+                    for one in parameters
+                ]
         return found
+
+    def _default(self, value: Any) -> list[Any]:
+        """The default of a parameter as it is sent, in a list that is empty if it cannot be."""
+        with contextlib.suppress(Unsupported):
+            return [self.encode(value)]
+        return []
 
     def raised(self, error: dict[str, Any]) -> BaseException:
         """The exception that the program raised, as one of the same class."""
@@ -137,6 +154,8 @@ class Tests(Peer):
             return object
         module, name = classes[0]
         known = getattr(builtins if module == "builtins" else sys.modules.get(module, builtins), name, None)
+        if module == "builtins" and known is None:
+            known = _OF_PYTHON.get(name)
         if isinstance(known, type):
             return known
         if classes[0] not in self._classes:

@@ -15,6 +15,7 @@ import os
 import struct
 import sys
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,13 @@ LARGEST_FRAME = 32 << 20
 BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and_", "or_", "xor", "matmul")
 IN_PLACE = ("iadd", "isub", "imul", "iand", "ior", "ixor")
 """The operations of `operator` that the tests may ask for on an object of the program."""
+METHODS = (
+    *("hash", "call", "len", "iter", "next", "contains", "reversed", "getitem", "setitem", "delitem"),
+    *("enter", "exit", "aenter", "aexit", "aiter", "anext"),
+    *("bool", "int", "float", "complex", "round", "abs", "neg", "pos", "invert", "index", "divmod"),
+    *(name.strip("_") for name in (*BINARY, *IN_PLACE)),
+)
+"""The special methods, without their underscores, that objects have or have not: of an object of the program, the tests know which."""
 _EXACT = 2**53
 _SHARED: dict[str, Any] = {
     one.__name__: one
@@ -82,6 +90,10 @@ _TEXTUAL = {
 }
 
 
+_OF_FILES = frozenset({"filename", "filename2", "strerror"})
+"""What an OSError has apart from its arguments."""
+
+
 class Broken(Exception):
     """The other side ended, or sent something that is no message."""
 
@@ -102,6 +114,8 @@ class Peer(abc.ABC):
         self._objects: dict[str, Any] = {}
         """Objects by name: containers that both sides have, and others that this side has given a name."""
         self._names: dict[int, str] = {}
+        self._methods: dict[tuple[int, int | str], Any] = {}
+        """Methods by their object and function: each look-up of one makes another object."""
         self._contents: dict[str, Any] = {}
         """What the other side knows to be in each container, as sent or received last."""
 
@@ -157,13 +171,18 @@ class Peer(abc.ABC):
             text = str(error)[:500]
         except BaseException:  # `__str__` of a program's class
             text = ""
-        plain = [one for one in error.args if type(one) in (str, int, float, bool, type(None))][:5]
+        plain = [one for one in error.args if type(one) in (str, int, float, bool, bytes, type(None))][:5]
         classes = [(one.__module__, one.__name__) for one in type(error).__mro__ if issubclass(one, BaseException)]
         number = error.errno if isinstance(error, OSError) else None
         attributes: dict[str, Any] = {}
-        for name, value in vars(error).items():
-            with contextlib.suppress(Unsupported):
-                attributes[name] = self.encode(value)
+        own = (one for one in type(error).__mro__ if one.__module__ not in sys.stdlib_module_names)
+        of_classes = {name for one in own for name in vars(one) if not name.startswith("_")}
+        of_files = {name for name in _OF_FILES if getattr(error, name, None) is not None} if isinstance(error, OSError) else ()
+        for name in {*vars(error), *of_classes, *of_files}:
+            with contextlib.suppress(
+                Exception
+            ):  # a property of the program's may raise anything; what cannot be sent is left out
+                attributes[name] = self.encode(getattr(error, name))
         args = [self.encode(one) for one in plain]
         return {"classes": classes, "args": args, "attributes": attributes, "text": text, "errno": number}
 
@@ -175,7 +194,11 @@ class Peer(abc.ABC):
         except Exception:
             found = kind.__new__(kind)
         found.args = args
-        vars(found).update({str(name): self.decode(value) for name, value in error["attributes"].items()})
+        attributes = {str(name): self.decode(value) for name, value in error["attributes"].items()}
+        if isinstance(found, OSError):
+            for name in attributes.keys() & _OF_FILES:
+                setattr(found, name, attributes[name])
+        vars(found).update(attributes)
         return found
 
     # Frames
@@ -246,7 +269,10 @@ class Peer(abc.ABC):
             self._names.pop(id(value), None)
 
     def name(self, value: Any) -> str:
-        """The name of an object here, given on first use."""
+        """The name of an object here, given on first use; a method of an object is the same whenever it is asked for."""
+        if type(value) in (types.MethodType, types.BuiltinMethodType):
+            function = id(value.__func__) if isinstance(value, types.MethodType) else value.__name__
+            value = self._methods.setdefault((id(value.__self__), function), value)
         if (name := self._names.get(id(value))) is None:
             self._given += 1
             name = f"{self._prefix}{self._given}"
