@@ -229,7 +229,7 @@ class Ledger:
                     kept = f"; the old one is in {_aside(place)} until that is done"
                 else:
                     shutil.rmtree(place)
-            return f"{place} was created with other settings or another basis: training it again{kept}"
+            return f"{place} was created with other settings or inputs: training it again{kept}"
         stops = sorted(record.get("stops", {}).keys() - self._stops(step, record).keys())
         altered = [f"stops/{stop}.json" for stop in stops]
         altered += self._altered(step, record) if record["status"] == FINISHED else []

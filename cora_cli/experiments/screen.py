@@ -47,6 +47,9 @@ class Screen:
             self._estimated[step.kind] += expected.get(name, 0.0)
         self._noted = set[str]() if noted is None else noted
         self._of_runs = re.compile(rf"{re.escape(str(plan.out))}/(runs|models|evaluations)/[^\s:,;]+")
+        # Steps that all rows share, such as those of source models, note the same of each data set.
+        several = plan.grid.rows if len(plan.grid.datasets) > 1 else ()
+        self._data = {name: row.dataset for row in several for name in plan.steps_of[row.name]}
         self._live, self._drawn, self._drew = sys.stderr.isatty(), 0, 0.0
 
     def up_to_date(self, step: Step) -> None:
@@ -63,7 +66,7 @@ class Screen:
             self._line(f"{self._count()} {step.name}: {how}{self._time_left()}")
 
     def completed(self, step: Step, seconds: float, log: Path) -> None:
-        """Report that a step has finished, with its metrics or held-out loss, and what its log notes that no earlier step's did."""
+        """Report that a step has finished, with its metrics or held-out loss, and what its log notes that no earlier step's with the same data set did."""
         self._forget(step)
         total, count = self._measured.get(step.kind, (0.0, 0))
         self._measured[step.kind] = (total + seconds, count + 1)
@@ -71,7 +74,7 @@ class Screen:
         self._line(f"{self._count()} {step.name}: done in {duration(seconds)}{note}")
         for text in _notes(log):
             # Runs of one method note the same under their own names.
-            kind = self._of_runs.sub("", text)
+            kind = f"{self._data.get(step.name)} {self._of_runs.sub('', text)}"
             if kind not in self._noted:
                 self._noted.add(kind)
                 self._line(f"    {text}")

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cora_cli import writing
 from cora_cli.errors import CoraError, is_out_of_memory, reason
@@ -273,8 +275,13 @@ def check_names(model: ModelPath, skeleton: Any) -> None:
 
 def _incomplete(model: ModelPath, missing: list[str], unused: list[str]) -> CoraError:
     rest = f", while {len(unused)} tensors of its files fit no weight, such as {unused[0]}" if unused else ""
+    named = next(iter(model.config().get("architectures") or ()), "")
+    other = (
+        isinstance(getattr(transformers, str(named), None), type) and named not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    )
+    meant = f"; by its config.json it is a {named}, and cora works with causal language models alone" if other else ""
     return CoraError(
-        f"model {model.reference} is incomplete: {len(missing)} weights that its config.json requires are missing, such as {missing[0]}{rest}"
+        f"model {model.reference} is incomplete: {len(missing)} weights that its config.json requires are missing, such as {missing[0]}{rest}{meant}"
     )
 
 
@@ -354,6 +361,9 @@ def save_model(
     """
     if complete := completed_ends(model, ends):
         model.generation_config.eos_token_id = complete
+    if model.generation_config is not None:
+        # transformers refuses settings without effect, such as a temperature without do_sample, except in a published file, which this is but for the ends.
+        model.generation_config._original_object_hash = hash(model.generation_config)
     model.save_pretrained(directory, state_dict=weights)
     stated = load_configuration(source, trust_remote_code)
     if type(stated) is type(model.config):  # how images become its input stays as it is

@@ -28,6 +28,7 @@ from cora_cli.adapters.merge import CannotMerge, merge_adapter, merged_into_base
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError
+from cora_cli.models.loading import load_model, save_model
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.references import resolve_model
 from cora_cli.models.tokenizer import load_tokenizer
@@ -467,6 +468,22 @@ def test_a_generation_configuration_that_transformers_would_not_write_is_merged(
     foreign(base, tmp_path / "adapter")
     merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+@pytest.mark.parametrize("stated", ["generation_config.json", "config.json"])
+def test_a_generation_configuration_that_transformers_would_not_write_is_written_with_further_ends(
+    stated, tiny_model, tmp_path
+):
+    # As of Llama 2 when it was published: settings of sampling for a model that does not sample.
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}
+    (base / "generation_config.json").unlink(missing_ok=True)
+    own = json.loads((base / stated).read_text()) if (base / stated).exists() else {}
+    (base / stated).write_text(json.dumps({**own, **settings}))
+    source = resolve_model(str(base))
+    save_model(load_model(source, torch.float32, torch.device("cpu"), None), source, tmp_path / "written", ends=[2, 5])
+    written = json.loads((tmp_path / "written" / "generation_config.json").read_text())
+    assert {name: written[name] for name in settings} == {**settings, "eos_token_id": [2, 5]}
 
 
 def test_an_adapter_that_is_not_finite_is_refused_by_key(tiny_model, tmp_path):

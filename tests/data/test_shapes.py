@@ -591,3 +591,10 @@ def test_messages_as_python_prints_them_are_refused_with_what_keeps_lists(tmp_pa
 
 def test_a_history_that_is_an_empty_list_in_text_is_no_part_of_a_prompt(tmp_path):
     assert len(load_records(jsonl(tmp_path / "a.jsonl", {"instruction": "i", "output": "o", "history": "[]"}))[0]) == 1
+
+
+def test_what_pandas_has_for_no_value_is_none(tmp_path):
+    record = {"instruction": "i", "input": float("nan"), "output": "o", "history": float("nan")}
+    assert load_records(jsonl(tmp_path / "a.jsonl", record))[0][0]["input"] == ""
+    with pytest.raises(CoraError, match="output must be text, not NaN; leave out records without it"):
+        load_records(jsonl(tmp_path / "b.jsonl", {**record, "output": float("nan")}))

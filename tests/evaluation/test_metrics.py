@@ -304,6 +304,24 @@ def test_an_encoder_that_lacks_weights_is_refused(tiny_roberta, tmp_path):
         BertScore(str(tmp_path), layer=2).signature()
 
 
+def test_an_encoder_of_t5_needs_no_decoder(tiny_roberta, tmp_path):
+    from transformers import T5Config, T5EncoderModel, T5Model
+
+    directory = tmp_path / "t5"
+    directory.mkdir()
+    for file in tiny_roberta.iterdir():
+        if "token" in file.name or file.name in ("vocab.json", "merges.txt"):
+            (directory / file.name).write_bytes(file.read_bytes())
+    config = T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=16, num_layers=3, num_heads=2, pad_token_id=1)
+    complete = T5Model(config)
+    values = []
+    for stored in (complete, T5EncoderModel(config)):
+        stored.load_state_dict(complete.state_dict(), strict=False)
+        stored.save_pretrained(directory)
+        values.append(BertScore(str(directory), layer=2).statistics(["the cat"], ["hello world"]))
+    assert values[0].tolist() == values[1].tolist()
+
+
 @pytest.fixture
 def bert(tmp_path):
     """A function that makes an encoder with a tokenizer of 300 bytes and special tokens, changed in place."""

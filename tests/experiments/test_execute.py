@@ -89,6 +89,15 @@ def test_what_steps_note_in_their_logs_is_shown_once(plan: Plan, capsys: pytest.
     ]
 
 
+def test_what_steps_note_of_two_data_sets_is_shown_of_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = grid_of({"mode": "lora", "dataset": ["one", "two"]}, datasets={"one": "records", "two": "tasks"})
+    plan = plan_of(grid, tmp_path / "out")
+    launcher = PretendLauncher()
+    launcher.said = lambda argv: "note: 2 training records dropped" if argv[0] == "train" else ""
+    carry_out(plan, launcher)
+    assert capsys.readouterr().err.count("note: 2 training records dropped") == 2
+
+
 def test_what_a_step_noted_in_an_earlier_call_is_not_shown_again(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     launcher = PretendLauncher()
     launcher.said = lambda argv: "note: columns left out: b"
@@ -211,7 +220,7 @@ def test_dependents_run_again_if_the_result_of_a_step_changes(plan: Plan, capsys
     other.content = "made by another processor"
     assert sorted(carry_out(plan, other)[1]) == sorted(["basis", f"train-{FB}", f"evaluate-{FB}"])
     # A run cannot be continued on another basis: its directory was cleared.
-    assert f"{plan.out / 'runs' / FB} was created with other settings or another basis" in capsys.readouterr().err
+    assert f"{plan.out / 'runs' / FB} was created with other settings or inputs" in capsys.readouterr().err
 
 
 def test_a_step_that_was_killed_is_continued(plan: Plan) -> None:

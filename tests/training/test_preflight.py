@@ -78,7 +78,7 @@ def test_a_checkpoint_without_a_head_is_refused_as_by_the_run(tiny_model: Path, 
     config = AutoConfig.from_pretrained(model)
     config.tie_word_embeddings = False
     AutoModelForSequenceClassification.from_config(config).save_pretrained(model)
-    said = "is incomplete: 1 weights .* are missing, such as lm_head.weight, while 1 tensors of its files fit no weight, such as score.weight"
+    said = "is incomplete: 1 weights .* are missing, such as lm_head.weight, while 1 tensors of its files fit no weight, such as score.weight; by its config.json it is a LlamaForSequenceClassification, and cora works with causal language models alone"
     for begin in (preflight, training.train):
         with pytest.raises(CoraError, match=said):
             begin(config_for(model, tiny_data, tmp_path / "run"))

@@ -16,7 +16,7 @@ from cora_cli.data.formats.preference import advice_for_preferences, choice_of, 
 from cora_cli.data.formats.prompt import COMPLETION, RESPONSE, holds_messages, is_printed_talk
 from cora_cli.data.formats.published_code import HUMANEVAL, MBPP, MBPP_SANITIZED
 from cora_cli.data.formats.question_answer import QUESTION_ANSWER
-from cora_cli.data.formats.shape import Raw, Shape
+from cora_cli.data.formats.shape import Raw, Shape, is_nan
 from cora_cli.data.formats.sharegpt import SHAREGPT
 from cora_cli.data.formats.text import TEXT
 from cora_cli.data.records import SCHEMAS, TEMPLATE_COLUMNS, Record, answer_weight
@@ -142,16 +142,17 @@ def _checked(record: Raw, shape: Shape, raw: Raw, where: str) -> Record:
     texts = SCHEMAS[schema]
     if schema == "alpaca":
         given = record.get("input")
-        checked["input"] = "" if given is None else given
+        checked["input"] = "" if given is None or is_nan(given) else given
         texts = (*texts, "input")
     for name in texts:
         value = checked[name]
         if not isinstance(value, str) or not _is_json(value):
             column = next((own for own in (*shape.needs, *shape.reads) if raw.get(own) is value), name)
             shown = json.dumps(value, default=str)[:60]
-            remedies = {
+            remedies: dict[type, str] = {
                 **dict.fromkeys((int, float, bool), f', as in "{shown}"'),
                 type(None): "; leave out records without it",
+                **({float: "; leave out records without it"} if is_nan(value) else {}),
                 bytes: "; convert the column from bytes to text",
             }
             raise CoraError(f"{where}: {column} must be text, not {shown}{remedies.get(type(value), '')}")

@@ -1,12 +1,11 @@
 """Preference data, with chosen and rejected answers: no shape that can be trained, but what would work is said."""
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cora_cli.data.formats.prompt import TALK, holds_conversation
-from cora_cli.data.formats.shape import Raw, Shape
+from cora_cli.data.formats.shape import Raw, Shape, is_nan
 from cora_cli.errors import CoraError
 from cora_cli.reading import Malformed, parse_json
 
@@ -90,7 +89,7 @@ def _mark(value: Any) -> Any:
             value = float(text)
         except ValueError:
             return text
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if is_nan(value) else value
 
 
 def choice_of(shape: Shape, record: Raw) -> str:

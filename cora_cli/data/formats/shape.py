@@ -1,6 +1,7 @@
 """What every module of this folder describes: one shape in which data sets are published, and how a record of it is read."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,13 +51,20 @@ class Shape:
             return []
         own = {*self.needs, *self.reads}
         given = {
-            name for name, value in record.items() if value and not (isinstance(value, str) and value.strip() in ("", "[]"))
+            name
+            for name, value in record.items()
+            if value and not is_nan(value) and not (isinstance(value, str) and value.strip() in ("", "[]"))
         }
         return sorted(name for name in given - own if name.strip().lower() in OF_PROMPTS)
 
     def fits(self, columns: set[str]) -> bool:
         """Whether records with these columns have the shape."""
         return columns >= set(self.needs) and not columns & self.excluded
+
+
+def is_nan(value: Any) -> bool:
+    """Whether a value is what pandas has for none."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def renamed(record: Raw, names: Mapping[str, str]) -> Raw:

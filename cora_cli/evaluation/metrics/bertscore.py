@@ -289,8 +289,8 @@ def load_encoder(source: ModelPath, layer: int, device: str) -> Encoder:
         if is_out_of_memory(error):
             raise
         raise CoraError(f"encoder {source.reference} cannot be loaded: {reason(error)}") from error
-    # The pooler comes after the last layer and is not used; many checkpoints have none.
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    # The pooler comes after the last layer, and the decoder of T5 after its encoder. Neither is used; many checkpoints have none.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(("pooler.", "decoder.")))
     if missing:
         raise CoraError(
             f"encoder {source.reference} lacks {len(missing)} weights that its config.json requires, such as {missing[0]}; "
