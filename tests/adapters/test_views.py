@@ -104,7 +104,15 @@ def test_a_basis_has_the_names_of_the_split_model_and_the_directions_of_their_ro
     assert target_linears(base, VIEWS).keys() == basis.modules.keys()
 
 
-@pytest.mark.parametrize(("family", "mode"), [*((family, "lora") for family in FAMILIES), ("gpt2", "fb"), ("falcon", "fb")])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        *((family, "lora") for family in FAMILIES[:3]),
+        ("gpt2", "fb"),
+        *(pytest.param(family, "lora", marks=pytest.mark.slow) for family in FAMILIES[3:]),
+        pytest.param("falcon", "fb", marks=pytest.mark.slow),
+    ],
+)
 def test_training_on_the_views_lowers_the_loss_and_plain_programs_load_the_merged_and_the_exported(
     family, mode, saved, tmp_path
 ):

@@ -75,7 +75,7 @@ def run(launcher: LocalLauncher, code: str, place: Path) -> tuple[int, str]:
         ("sys.exit(7)", 7),
         pytest.param("raise ValueError('wrong')", 1, marks=pytest.mark.slow),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
-        ("import ctypes; ctypes.string_at(0)", -signal.SIGSEGV),
+        pytest.param("import ctypes; ctypes.string_at(0)", -signal.SIGSEGV, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_ends_with_its_own_exit_code_and_harms_no_other(

@@ -127,7 +127,7 @@ def test_models_that_are_weakly_related_stay_one_group():
 
 
 @pytest.mark.parametrize(("rows", "rank", "layers"), [(12, 2, 1), (16, 4, 3), (40, 4, 2), (64, 16, 4), (128, 8, 2)])
-@pytest.mark.parametrize("models", [2, pytest.param(3, marks=pytest.mark.slow), 6])
+@pytest.mark.parametrize("models", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (3, 6))])
 @pytest.mark.parametrize("of_rank", [2, None])
 def test_random_changes_share_nothing(rows, rank, layers, models, of_rank):
     for seed in range(4):

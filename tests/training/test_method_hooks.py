@@ -36,7 +36,7 @@ class Nudged(Lora):
         self.seen.append(("after", step.number, step.total))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_added_loss_counts_once_per_step_and_the_hooks_see_every_step(
     accumulation: int, tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

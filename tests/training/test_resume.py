@@ -63,7 +63,9 @@ def assert_same_run(output: Path, expected: Path) -> None:
 @pytest.mark.parametrize(
     ("kill_at", "settings", "continued_from"),
     [
-        pytest.param(("cora_cli.training.trainer.append_line", 2), {}, 0, id="before the first checkpoint"),
+        pytest.param(
+            ("cora_cli.training.trainer.append_line", 2), {}, 0, id="before the first checkpoint", marks=pytest.mark.slow
+        ),
         pytest.param(("cora_cli.training.trainer.append_line", 7), {}, 4, id="in the middle of an epoch"),
         pytest.param(("cora_cli.training.trainer.append_line", 14), {}, 12, id="in the second epoch", marks=pytest.mark.slow),
         pytest.param(
@@ -168,7 +170,7 @@ def test_fb_keeps_b_and_full_its_losses_when_resumed(
     assert_b_is_basis(tmp_path / "fb", tiny_basis)
 
 
-@pytest.mark.parametrize("flip", ["lora_B", "q_proj.base_layer"])
+@pytest.mark.parametrize("flip", [pytest.param("lora_B", marks=pytest.mark.slow), "q_proj.base_layer"])
 def test_the_trained_set_is_asserted_again_on_resume(
     flip: str, tiny_model: Path, tiny_data: Path, tiny_basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

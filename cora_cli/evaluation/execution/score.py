@@ -16,7 +16,7 @@ from typing import Any
 from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.execution.problems import Problem, problem_of, say_what_is_not_run
-from cora_cli.evaluation.execution.run import FATES, Fate, Outcome, run, run_together
+from cora_cli.evaluation.execution.run import FATES, TEST_SECONDS, Outcome, run, run_together
 from cora_cli.evaluation.metrics import PASS_AT
 from cora_cli.evaluation.metrics.pass_at import Attempts, PassAt
 from cora_cli.progress import note, progress
@@ -30,8 +30,6 @@ CONDITIONS = f"answer:python-block|limit:max({LEAST_SECONDS}s,{TIMES_REFERENCE}x
 """What moves pass@k apart from the programs, for its signature."""
 TOGETHER = "tests:same-process"
 """What a signature has besides where programs run together with their tests."""
-_RUN_AGAIN: frozenset[Fate] = frozenset({"passed", "wrong", "exception", "refused"})
-"""The fates that may be others in one process; that of a program without an end is not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +49,7 @@ class Executor:
         self.same_process = same_process
         self._run = run_together if same_process else run
         self._limits: dict[Problem, int] = {}
+        """Processor seconds for a program."""
 
     def calibrate(self, problems: Sequence[Problem]) -> None:
         """Run the reference solution of each problem that is new.
@@ -72,7 +71,7 @@ class Executor:
                     f"{problem.where}: every program would pass, since {said}; assert results in statements that are run, such as "
                     "`assert f(1) == 2` (functions and classes of tests are not called by themselves), or remove the record"
                 )
-            self._limits[problem] = max(LEAST_SECONDS, math.ceil(TIMES_REFERENCE * outcome.seconds))
+            self._limits[problem] = _limit(outcome.seconds)
 
     def _not_passing(self, problem: Problem, outcome: Outcome) -> str:
         said = f" ({outcome.detail})" if outcome.detail else ""
@@ -108,13 +107,20 @@ class Executor:
     def run_together(
         self, problems: Sequence[Problem], answers: Sequence[Sequence[str]], outcomes: Sequence[Sequence[Outcome]]
     ) -> list[list[Outcome]]:
-        """The outcomes in one process with the tests; of programs of which these cannot be others, those that `run` found."""
+        """The outcomes in one process with the tests, of which `outcomes` has those apart from them; what is no code is not run again.
+
+        A limit is set as by `calibrate`, but by the reference solution with its tests, which may take longer than a program.
+        """
+        seconds = REFERENCE_SECONDS + TEST_SECONDS
+        references = [(problem, problem.reference, seconds) for problem in dict.fromkeys(problems)]
+        found = _in_parallel(run_together, "reference solutions with their tests", references)
+        limits = {problem: _limit(outcome.seconds) for (problem, *_), outcome in zip(references, found, strict=True)}
         programs = [
-            ((problem, problem.program(answer), self._limits[problem]), outcome)
-            for problem, samples, found in zip(problems, answers, outcomes, strict=True)
-            for answer, outcome in zip(samples, found, strict=True)
+            ((problem, problem.program(answer), limits[problem]), outcome)
+            for problem, samples, apart in zip(problems, answers, outcomes, strict=True)
+            for answer, outcome in zip(samples, apart, strict=True)
         ]
-        different = list(dict.fromkeys(one for one, outcome in programs if outcome.fate in _RUN_AGAIN))
+        different = list(dict.fromkeys(one for one, outcome in programs if outcome.fate != "not code"))
         again = dict(zip(different, _in_parallel(run_together, "programs with their tests", different), strict=True))
         each = iter(programs)
         return [[again.get(*next(each)) for _ in samples] for samples in answers]
@@ -197,6 +203,11 @@ def _say_what_differs(compared: Mapping[str, float], programs: int, out: Evaluat
         note(
             f"{out.executions}: of {programs} programs, {counted} (same_process_fate names them); in one process, as in the script of HumanEval: {scores}"
         )
+
+
+def _limit(seconds: float) -> int:
+    """The processor seconds of a program whose reference solution took so many."""
+    return max(LEAST_SECONDS, math.ceil(TIMES_REFERENCE * seconds))
 
 
 def count_fates(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, int]:

@@ -1,8 +1,11 @@
 """Right programs pass although the tests are in another process, and wrong ones get the fate that they had in one process."""
 
+from collections.abc import Callable
+
 import pytest
 
-from tests.evaluation.execution.helpers import needs_sandbox, outcome
+from cora_cli.evaluation.execution.run import Outcome
+from tests.evaluation.execution.helpers import needs_sandbox, outcome, outcome_together
 
 pytestmark = needs_sandbox
 
@@ -202,6 +205,18 @@ def test_the_fate_of_a_program(source: str, fate: str, detail: str):
     found = outcome(source, "assert f(1) == 2", reference="def f(x): return x + 1")
     assert found.fate == fate
     assert found.detail.startswith(detail)
+
+
+UNITTEST = "import unittest\nclass Test(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 2)\n"
+
+
+@pytest.mark.parametrize("runs", ["unittest.main()", "if __name__ == '__main__':\n    unittest.main(argv=['x'])"])
+@pytest.mark.parametrize("run_one", [outcome, outcome_together])
+def test_tests_may_run_themselves_as_the_main_program(runs: str, run_one: Callable[..., Outcome]):
+    reference = "def f(x): return x + 1"
+    for source, fate in ((reference, "passed"), ("def f(x): return x", "wrong"), ("import sys\ndef f(x): sys.exit()", "wrong")):
+        found = run_one(source, UNITTEST + runs, reference=reference)
+        assert (found.fate, found.detail == "") == (fate, fate == "passed")
 
 
 def test_a_program_ends_at_its_limit_in_processor_seconds():

@@ -9,6 +9,7 @@ from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
+from cora_cli.evaluation.execution import score
 from cora_cli.evaluation.execution.run import Fate
 from cora_cli.reading import read_jsonl
 from tests.evaluation.execution.helpers import needs_sandbox, outcome_together
@@ -38,6 +39,7 @@ assert text.getvalue() == '2\\n'"""
         ("import time\ndef f(x): time.sleep(100)", "assert f(1) == 1", "timeout", ""),
         ("def f(x): open('/usr/x', 'w')", "assert f(1) == 1", "refused", "OSError: [Errno 30] Read-only file system: '/usr/x'"),
         ("def f(x", "assert f(1) == 1", "not code", ""),
+        ("import sys\ndef f(x): sys.exit()", "assert f(1) == 1", "exception", "SystemExit"),
         ("import os\nos._exit(0)", "assert f(1) == 1", "exception", "ended with exit status 0"),
         ("import os\nfor n in range(3, 64):\n    try: os.write(n, b'[\\n' * 99)\n    except OSError: pass", "assert f(1) == 1", "exception", None),
     ],
@@ -81,6 +83,27 @@ def test_programs_that_differ_in_one_process_are_counted_and_named(tmp_path: Pat
     assert [one.get("same_process_fate") for one in programs] == ["passed", "wrong", None, "passed"]
     said = "of 4 programs, 2 pass only in one process with their tests and 1 pass only apart from them (same_process_fate names them)"
     assert said in capsys.readouterr().err
+
+
+@needs_sandbox
+def test_what_tests_take_themselves_does_not_count_against_a_program_in_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(score, "LEAST_SECONDS", 1)
+    path, right = tmp_path / "predictions.jsonl", "def f(x): return x"
+    writing.write_jsonl(path, lines([right], "for _ in range(4 * 10**7): pass\nassert f(3) == 3", right))
+    assert scored(path)["same_process"] == {"only_apart": 0, "only_together": 0, "pass@1": 1.0}
+
+
+@pytest.mark.slow
+@needs_sandbox
+def test_a_program_that_only_waits_apart_from_its_tests_is_run_with_them(tmp_path: Path):
+    path = tmp_path / "predictions.jsonl"
+    mocked = "from unittest import mock\nwith mock.patch('time.sleep'):\n    assert f(3) == 3"
+    writing.write_jsonl(path, lines(["import time\ndef f(x):\n    time.sleep(9)\n    return x"], mocked, "def f(x): return x"))
+    record = scored(path)
+    assert record["fates"] == {"timeout": 1}
+    assert record["same_process"] == {"only_apart": 0, "only_together": 1, "pass@1": 1.0}
 
 
 @needs_sandbox

@@ -3,6 +3,7 @@
 import ast
 import errno
 import io
+import sys
 import traceback
 import types
 
@@ -37,9 +38,25 @@ def load(source: str, module: types.ModuleType) -> str | None:
     return None
 
 
-def run_tests(tests: str, namespace: dict[str, object]) -> None:
-    """Execute the tests, whose assertions hold whatever the options of Python are."""
-    exec(compile(tests, "tests.py", "exec", dont_inherit=True, optimize=0), namespace)
+def run_tests(tests: str, module: types.ModuleType) -> None:
+    """Execute the tests in `module` as the main program; they may end it with success, as `unittest.main()` does.
+
+    Their assertions hold whatever the options of Python are.
+    """
+    code = compile(tests, "tests.py", "exec", dont_inherit=True, optimize=0)
+    sys.argv, sys.modules["__main__"] = ["tests.py"], module
+    module.__dict__["__name__"] = "__main__"
+    try:
+        exec(code, module.__dict__)
+    except SystemExit as error:
+        if error.code or raised_by_program(error):
+            raise
+
+
+def raised_by_program(error: BaseException) -> bool:
+    """Whether an exception comes from the program, which may be in this process."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return getattr(error, "raised_by_program", False) or any(frame.filename == "program.py" for frame in frames)
 
 
 def fate_of(error: BaseException, tests: str, *, of_tests: bool) -> tuple[str, str]:
@@ -47,7 +64,7 @@ def fate_of(error: BaseException, tests: str, *, of_tests: bool) -> tuple[str, s
     name = type(error).__name__
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "tests.py"]
     line = list(io.StringIO(tests, newline=None))[lines[-1] - 1].strip() if lines and lines[-1] else ""
-    if of_tests and isinstance(error, AssertionError):
+    if of_tests and isinstance(error, AssertionError | SystemExit):
         return "wrong", line[:200]
     if isinstance(error, MemoryError):
         return "memory", ""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from confine import confine
-from judging import fate_of, run_tests
+from judging import fate_of, raised_by_program, run_tests
 from remote import Remote, TypeOf, awaited, is_remote, remote_class
 from wire import Broken, Peer, Unsupported
 
@@ -41,7 +41,9 @@ class Tests(Peer):
     def __init__(self, receiving: int, sending: int) -> None:
         super().__init__(receiving, sending, "t")
         self.used = False
-        self.namespace: dict[str, Any] = {"__name__": "tests", "type": TypeOf}
+        self.module = types.ModuleType("tests")
+        self.namespace: dict[str, Any] = self.module.__dict__
+        self.namespace["type"] = TypeOf
         self._globals: dict[str, Any] = {}
         """What the program has under each name that it was asked for."""
         self._remotes: weakref.WeakValueDictionary[str, Remote] = weakref.WeakValueDictionary()
@@ -176,8 +178,8 @@ class Tests(Peer):
         return sys.getrefcount(self._objects[name]) == 2  # the table, and the argument of `getrefcount`
 
 
-def _namespace(peer: Tests, problem: dict[str, Any], used: set[str]) -> dict[str, Any]:
-    """The names that the tests may use: the imports and given parts of the reference, and what the program defines in place of the rest."""
+def _define(peer: Tests, problem: dict[str, Any], used: set[str]) -> None:
+    """Give the tests the names that the tests may use: the imports and given parts of the reference, and what the program defines in place of the rest."""
     asked, classes = set(), set()
     for statement in ast.parse(problem["reference"]).body:
         names = _defined(statement)
@@ -193,7 +195,6 @@ def _namespace(peer: Tests, problem: dict[str, Any], used: set[str]) -> dict[str
             peer.ask_global(name)
         except KeyError:
             peer.namespace.pop(name, None)  # the tests will raise NameError
-    return peer.namespace
 
 
 def _defined(statement: ast.stmt) -> set[str]:
@@ -221,11 +222,12 @@ def _verdict(peer: Tests, problem: dict[str, Any]) -> tuple[str, str]:
         if loaded.get("loaded") is not None:
             return "not code", ""
         used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
-        run_tests(tests, _namespace(peer, problem, used))
+        _define(peer, problem, used)
+        run_tests(tests, peer.module)
     except Broken as error:
         return "gone", str(error)
     except BaseException as error:
-        return fate_of(error, tests, of_tests=not getattr(error, "raised_by_program", False))
+        return fate_of(error, tests, of_tests=not raised_by_program(error))
     return "passed", "" if peer.used else UNUSED
 
 

@@ -7,13 +7,12 @@ import ast
 import json
 import os
 import sys
-import traceback
 import types
 from pathlib import Path
 from typing import Any
 
 from confine import confine
-from judging import fate_of, load, run_tests
+from judging import fate_of, load, raised_by_program, run_tests
 
 
 def _with_imports(reference: str, namespace: dict[str, Any]) -> None:
@@ -33,10 +32,9 @@ def _verdict(source: str, problem: dict[str, Any]) -> tuple[str, str]:
         if load(source, module) is not None:
             return "not code", ""
         _with_imports(problem["reference"], module.__dict__)
-        run_tests(problem["tests"], module.__dict__)
+        run_tests(problem["tests"], module)
     except BaseException as error:
-        last = [frame.filename for frame in traceback.extract_tb(error.__traceback__)][-1:]
-        return fate_of(error, problem["tests"], of_tests=last == ["tests.py"])
+        return fate_of(error, problem["tests"], of_tests=not raised_by_program(error))
     return "passed", ""
 
 
