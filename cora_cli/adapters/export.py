@@ -40,7 +40,7 @@ from cora_cli.models.loading import load_model
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.references import location
 from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
-from cora_cli.models.trained_on import carry_record
+from cora_cli.models.trained_on import carry_record, check_code
 
 _NO_LORAS = {"use_dora": "DoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA"}
 """Settings of PEFT's LoRA with which W changes by more, or by other factors, than s·B·A, and the methods that they choose."""
@@ -73,6 +73,7 @@ def export_adapter(
     if base is None:
         base = base_of(adapter)
     check_base(adapter, base)
+    check_code(adapter, base, trust_remote_code)
     model = load_model(base, torch.float32, torch.device("cpu"), None, trust_remote_code)
     split_as_trained(model, adapter, read_facts(adapter.path))
     before: dict[str, torch.Tensor] = {}

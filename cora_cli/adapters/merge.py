@@ -34,7 +34,7 @@ from cora_cli.models.precision import stays_in_float32
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
-from cora_cli.models.trained_on import carry_record, say_other_tokenizer, say_other_weights, trained_on
+from cora_cli.models.trained_on import carry_record, check_code, say_other_tokenizer, say_other_weights, trained_on
 from cora_cli.progress import note, say
 from cora_cli.settings import TemplateName
 
@@ -96,6 +96,7 @@ def merge_adapter(
         check_base(adapter, base)
     else:
         say_other_base(adapter, base)
+    check_code(adapter, base, trust_remote_code)
     say_mean(adapter)
     say_other_weights(adapter)
     say_other_tokenizer(adapter, base)

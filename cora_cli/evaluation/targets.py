@@ -24,7 +24,7 @@ from cora_cli.evaluation.generate import end_tokens
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.references import absolute, resolve_base, resolve_model
 from cora_cli.models.tokenizer import load_tokenizer
-from cora_cli.models.trained_on import say_other_tokenizer, say_unrecorded, trained_on
+from cora_cli.models.trained_on import check_code, say_other_tokenizer, say_unrecorded, trained_on
 from cora_cli.progress import note
 from cora_cli.rundir import EvaluationDirectory, RunDirectory, unlike_record
 from cora_cli.settings import TemplateName
@@ -143,6 +143,7 @@ def _check_effects(config: EvaluateConfig, targets: Sequence[Target]) -> None:
     """Raise `CoraError` where draws are wanted and there is nothing to draw from, or no adapter that could be left unmerged, or a metric that an adapter
     does not allow."""
     for target in targets:
+        check_code(target.adapter or target.base, target.base, config.trust_remote_code)
         _check_calibration(config, target)
     if not config.merge and all(target.adapter is None for target in targets):
         raise CoraError(f"--no-merge has no effect: {targets[-1].name} is a complete model, without an adapter; leave it out")

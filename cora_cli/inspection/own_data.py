@@ -22,7 +22,7 @@ from cora_cli.models.loading import context_length
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.models.tokenizer import load_tokenizer
-from cora_cli.models.trained_on import say_unrecorded, trained_on
+from cora_cli.models.trained_on import check_code, say_unrecorded, trained_on
 from cora_cli.progress import note, say
 from cora_cli.records import read_run, template_date
 from cora_cli.rundir import RunDirectory
@@ -77,6 +77,7 @@ def read_own_data(
     for name, request in found.items():
         if models[name].is_adapter:
             check_base(models[name], base)
+        check_code(models[name], base, trusts=False, remedy=f"leave {name} out of --data, which runs no such code")
         data[name] = _read(name, request, models[name], sources[name], base, known, limit)
     return data
 

@@ -93,6 +93,10 @@ def load_model(
     _check_types(model, checkpoint)
     model.generation_config()
     quantized = four_bit or is_dequantized(model)
+    if not trust_remote_code and "AutoModelForCausalLM" in (model.config().get("auto_map") or {}):
+        note(
+            f"{model.reference}: transformers' own class is used, not the code in the folder, which --trust-remote-code would run"
+        )
     options: dict[str, Any] = {"config": config or load_configuration(model, trust_remote_code)}
     ask_for_plain(options["config"])
     if four_bit or device.type != "cpu":
@@ -364,8 +368,11 @@ def save_model(
     if model.generation_config is not None:
         # transformers refuses settings without effect, such as a temperature without do_sample, except in a published file, which this is but for the ends.
         model.generation_config._original_object_hash = hash(model.generation_config)
-    model.save_pretrained(directory, state_dict=weights)
     stated = load_configuration(source, trust_remote_code)
+    for config in (model.config, stated):
+        if not trust_remote_code and hasattr(config, "auto_map"):
+            del config.auto_map  # which names code that is not written
+    model.save_pretrained(directory, state_dict=weights)
     if type(stated) is type(model.config):  # how images become its input stays as it is
         for file in (source.path / name for name in _PROCESSORS):
             if file.is_file():

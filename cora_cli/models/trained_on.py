@@ -77,6 +77,24 @@ def say_unrecorded(model: ModelPath) -> None:
         )
 
 
+def check_code(model: ModelPath, base: ModelPath, trusts: bool, remedy: str = "give --trust-remote-code") -> None:
+    """Raise `CoraError` where a run was trained by the code that comes with its base, and this command would take transformers' own class, or the
+    other way round: folders with code may have a type that transformers knows too."""
+    run = run_of(model) if base.has_own_code else None
+    trusted = read_run(run)["fingerprint"]["settings"].get("trust_remote_code") if run is not None else None
+    if trusted is None or trusted == trusts:
+        return
+    if trusted:
+        raise CoraError(
+            f"{model.reference} was trained with --trust-remote-code, by the code that comes with {base.reference}; without it, transformers' own "
+            f"class may compute something else: {remedy}"
+        )
+    raise CoraError(
+        f"{model.reference} was trained without the code that comes with {base.reference}, which may compute something else; leave out "
+        "--trust-remote-code"
+    )
+
+
 def say_other_weights(adapter: ModelPath) -> None:
     """Say so where an adapter was trained on a base in 4 bits: what is computed from it now is on the base's stored weights."""
     run = run_of(adapter)

@@ -24,6 +24,7 @@ from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.loading import load_model
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
 from cora_cli.models.references import resolve_model
+from cora_cli.models.trained_on import check_code
 from cora_cli.progress import progress, say
 from cora_cli.records import read_run, template_date, write_run
 from cora_cli.rundir import RunDirectory
@@ -110,6 +111,7 @@ def laplace(
     hardware: dict[str, Any] = {"device": device, "attention": "auto", "compile": False, "liger": False, "shard": "none"}
     config = config_of_run(source, trust_remote_code=trust_remote_code, **hardware)
     _require_inputs(source, config)
+    check_code(resolve_model(run), resolve_model(config.model, weights=False), trust_remote_code)
     prepared = prepare(config, template_date(record))
     now, then = prepared.fingerprint(config), record["fingerprint"]
     for key, what in (("model_sha256", "base model"), ("data_sha256", "data set"), ("tokenizer_sha256", "tokenizer")):

@@ -32,6 +32,7 @@ from cora_cli.models.quantized import check_four_bit, kind_stated, require_four_
 from cora_cli.models.references import resolve_model
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.models.tokenizer import load_tokenizer
+from cora_cli.models.trained_on import check_code
 from cora_cli.progress import note, say
 from cora_cli.training.arguments import number_of_processes, total_steps, warmup_steps
 from cora_cli.training.batching import cannot_pack
@@ -125,6 +126,7 @@ def prepare(
     for notice in config.notices():
         note(notice)
     data, model_path = _read(config, known, weights=planned is None)
+    check_code(model_path, model_path, config.trust_remote_code)
     _check_processes(config, method)
     basis = None
     if plan is not None and config.basis:
