@@ -45,7 +45,23 @@ def text_of(path: Path) -> str:
         except UnicodeDecodeError as error:
             raise CoraError(f"{path} begins as UTF-16 text, but is none: {error.reason}; save it as UTF-8") from error
     kind = next((kind for begin, kind in _OTHER_KINDS.items() if content.startswith(begin)), None)
+    if kind is None and (wide := _wide_encoding(content)):
+        raise CoraError(f"{path} is not UTF-8 text, but {wide}; convert it: `iconv -f {wide} -t UTF-8 OLD > NEW`")
     return decoded(content, path, f", but {kind}" if kind else _TO_UTF8).removeprefix("\ufeff")
+
+
+def _wide_encoding(content: bytes) -> str | None:
+    """The encoding of text in which most characters have bytes of zero, and no mark at the begin that `text_of` knows; None for other text."""
+    begin = content[:400]
+    zeros = begin.count(0)
+    if 4 * zeros < len(begin) or not zeros:
+        return None
+    name = "UTF-32" if 2 * zeros > len(begin) else "UTF-16BE" if begin[0] == 0 else "UTF-16LE"
+    try:
+        content.decode(name)
+    except UnicodeDecodeError:
+        return None
+    return name
 
 
 def _expanded(begin: Callable[[], Any]) -> Callable[[bytes], bytes]:

@@ -225,3 +225,12 @@ def test_what_the_package_datasets_stores_as_json_is_read_with_its_own_nulls_fro
     )
     rows.to_parquet(str(tmp_path / "leaf.parquet"))
     assert load_records(str(tmp_path / "leaf.parquet"))[0] == [{"messages": [SAID[0], leaf]}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32"])
+def test_wide_text_without_a_mark_is_named_with_its_encoding(encoding, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("prompt,completion\nWie groß?,größer\n".encode(encoding))
+    name = "UTF-32" if encoding == "utf-32" else encoding.upper().replace("16-", "16")
+    with pytest.raises(CoraError, match=f"is not UTF-8 text, but {name}; convert it: `iconv -f {name} -t UTF-8"):
+        load_records(str(path))

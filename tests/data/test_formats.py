@@ -284,7 +284,7 @@ def test_a_text_file_may_begin_with_the_mark_of_its_encoding(name, content, mark
 
 def test_text_in_utf_32_is_not_taken_for_utf_16(tmp_path):
     (tmp_path / "a.csv").write_bytes("prompt,completion\na,b\n".encode("utf-32"))
-    assert "is not UTF-8 text (byte 0x" in failure(tmp_path / "a.csv")
+    assert "is not UTF-8 text, but UTF-32; convert it" in failure(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize("table", [{"prompt": {"0": "a"}, "completion": {"0": "b"}}, {"prompt": ["a"], "completion": ["b"]}])
