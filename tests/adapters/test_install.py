@@ -201,7 +201,10 @@ def test_targets_are_whole_names_or_last_parts_in_the_models_order(model):
         ("proj", "target module 'proj' matches nothing"),
         ("embed_tokens", "target module 'embed_tokens' is a Embedding, not a linear layer"),
         ("self_attn", "target module 'self_attn' is a LlamaAttention, not a linear layer"),
-        ("lm_head", "lm_head shares its weight with model.embed_tokens.weight, so it cannot be adapted alone"),
+        (
+            "lm_head",
+            r"lm_head shares its weight with model.embed_tokens.weight, so it cannot be adapted alone; layers with weights of their own are down_proj, .*: name them with",
+        ),
     ],
 )
 def test_a_target_that_is_no_linear_layer_is_refused_with_those_that_are(target, said, model):
