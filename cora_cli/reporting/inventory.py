@@ -114,7 +114,7 @@ def _run(run: RunDirectory) -> Entry:
     status = record["status"]
     if status == "running" and not held:
         status = "interrupted"  # killed before it could say so
-    if status == "finished" and not all((run.result / name).is_file() for name in record.get("result_files") or ()):
+    if status == "finished" and not all(os.path.isfile(run.result / name) for name in record.get("result_files") or ()):  # noqa: PTH113  # a folder that cannot be searched
         status = "incomplete"  # such as without its weights
     heldout = record.get("heldout")
     # A Laplace approximation keeps the loss of the run that it was made of, and has none of its own.
