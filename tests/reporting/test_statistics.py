@@ -246,7 +246,7 @@ def test_a_name_has_the_rank_and_the_number_of_models_that_its_label_does_not_st
 
 
 @given(st.integers(0, 500), st.integers(2, 6), st.sampled_from([None, 0.3]), st.sampled_from([None, 4]))
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, deadline=None, max_examples=12)
 def test_what_would_decide_is_what_the_test_itself_decides_with_that_many(seed, seeds, margin, looks):
     rng = np.random.default_rng(seed)
     d = 0.1 + 0.3 * rng.standard_normal((seeds, 1)) + rng.standard_normal((1, 30)) + 0.3 * rng.standard_normal((seeds, 30))

@@ -164,6 +164,7 @@ def test_every_process_learns_that_the_directory_is_taken(tiny_model: Path, tiny
     assert all("contains other files" in message for _, message in ends)
 
 
+@pytest.mark.slow
 def test_divergence_stops_every_process(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     config = config_for(tiny_model, tiny_data, tmp_path / "run", learning_rate=1e30, warmup_ratio=0, max_steps=9, batch_size=1)
     ends = run_together(config)

@@ -64,6 +64,7 @@ def test_a_row_shorter_than_an_example_is_refused(tiny_model: Path, tiny_data: P
         training.train(config_for(tiny_model, tiny_data, tmp_path / "run", tokens_per_row=9))
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_the_gpu_are_split_before_the_run(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,6 +85,7 @@ def test_programs_that_differ_in_one_process_are_counted_and_named(tmp_path: Pat
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs_sandbox
 def test_what_tests_take_themselves_does_not_count_against_a_program_in_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
