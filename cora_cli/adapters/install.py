@@ -40,16 +40,6 @@ from cora_cli.models.precision import UNSUPPORTED
 from cora_cli.models.skeleton import fused_experts, other_modalities
 
 
-def _with_own_weights(modules: Mapping[str, torch.nn.Module], shared: Mapping[int, Sequence[str]]) -> str:
-    """The end of a sentence that names the linear layers whose weights are in no other place; empty if there are none."""
-    places = {
-        name: len(shared.get(id(module.weight), ())) for name, module in modules.items() if linear_weight(module) is not None
-    }
-    elsewhere = {name.rpartition(".")[2] for name, count in places.items() if count != 1}
-    kinds = sorted({name.rpartition(".")[2] for name in places} - elsewhere)
-    return f"; layers with weights of their own are {', '.join(kinds)}: name them with --target-modules" if kinds else ""
-
-
 def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> dict[str, LinearWeight]:
     """The linear layers that `target_modules` names (full names, or their last parts as in PEFT), by full name.
 
@@ -81,11 +71,22 @@ def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> d
         for name in linears:
             sharing = shared.get(id(model.get_submodule(name).weight), ())
             if also := [other for other in sharing if other != f"{name}.weight"]:
+                instead = _with_own_weights(modules, shared)
                 raise CoraError(
-                    f"target module {target!r}: {name} shares its weight with {also[0]}, so it cannot be adapted alone{_with_own_weights(modules, shared)}"
+                    f"target module {target!r}: {name} shares its weight with {also[0]}, so it cannot be adapted alone{instead}"
                 )
         found |= linears
     return {name: found[name] for name in modules if name in found}
+
+
+def _with_own_weights(modules: Mapping[str, torch.nn.Module], shared: Mapping[int, Sequence[str]]) -> str:
+    """The end of a sentence that names the linear layers whose weights are in no other place; empty if there are none."""
+    places = {
+        name: len(shared.get(id(module.weight), ())) for name, module in modules.items() if linear_weight(module) is not None
+    }
+    elsewhere = {name.rpartition(".")[2] for name, count in places.items() if count != 1}
+    kinds = sorted({name.rpartition(".")[2] for name in places} - elsewhere)
+    return f"; layers with weights of their own are {', '.join(kinds)}: name them with --target-modules" if kinds else ""
 
 
 def check_applied(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cora_cli import records
+from cora_cli import hashing, records
 from cora_cli.basis.choices import natural_order
 from cora_cli.errors import CoraError
 from cora_cli.lock import is_held
@@ -114,8 +114,8 @@ def _run(run: RunDirectory) -> Entry:
     status = record["status"]
     if status == "running" and not held:
         status = "interrupted"  # killed before it could say so
-    if status == "finished" and not all(os.path.isfile(run.result / name) for name in record.get("result_files") or ()):  # noqa: PTH113  # a folder that cannot be searched
-        status = "incomplete"  # such as without its weights
+    if status == "finished" and not all(hashing.file_state(run.result / name) for name in record.get("result_files") or ()):
+        status = "incomplete"  # such as without its weights, or with a folder that cannot be searched
     heldout = record.get("heldout")
     # A Laplace approximation keeps the loss of the run that it was made of, and has none of its own.
     loss = f"loss {heldout['after']['loss']:.3f}" if heldout and "laplace" not in record else ""

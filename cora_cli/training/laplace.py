@@ -111,7 +111,8 @@ def laplace(
     hardware: dict[str, Any] = {"device": device, "attention": "auto", "compile": False, "liger": False, "shard": "none"}
     config = config_of_run(source, trust_remote_code=trust_remote_code, **hardware)
     _require_inputs(source, config)
-    check_code(resolve_model(run), resolve_model(config.model, weights=False), trust_remote_code)
+    adapter = resolve_model(run)
+    check_code(adapter, resolve_model(config.model, weights=False), trust_remote_code)
     prepared = prepare(config, template_date(record))
     now, then = prepared.fingerprint(config), record["fingerprint"]
     for key, what in (("model_sha256", "base model"), ("data_sha256", "data set"), ("tokenizer_sha256", "tokenizer")):
@@ -123,7 +124,6 @@ def laplace(
             raise CoraError(
                 f"{source.config} has {name} {settings[name]}, but the run was trained with {trained_with[name]}; restore the file"
             )
-    adapter = resolve_model(run)
     examples = prepared.train.examples[:limit]
     say(prepared.hardware.describe())
     base = load_model(prepared.model_path, prepared.hardware.dtype, prepared.hardware.device, None, config.trust_remote_code)

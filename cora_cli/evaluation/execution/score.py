@@ -29,7 +29,7 @@ MOST_AT_ONCE = 16
 CONDITIONS = f"answer:python-block|limit:max({LEAST_SECONDS}s,{TIMES_REFERENCE}xreference)|sandbox:bubblewrap|python:{'.'.join(platform.python_version_tuple()[:2])}"
 """What moves pass@k apart from the programs, for its signature."""
 TOGETHER = "tests:same-process"
-"""What a signature has besides where programs run together with their tests."""
+"""What a signature also has where programs run together with their tests."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Executor:
         each = iter(programs)
         return [[outcomes[next(each)] for _ in samples] for samples in answers]
 
-    def run_together(
+    def run_again(
         self, problems: Sequence[Problem], answers: Sequence[Sequence[str]], outcomes: Sequence[Sequence[Outcome]]
     ) -> list[list[Outcome]]:
         """The outcomes in one process with the tests, of which `outcomes` has those apart from them; what is no code is not run again.
@@ -148,7 +148,7 @@ def execute(
         problems = [problem_of(line.get("problem"), f"{path}, record {number}") for number, line in enumerate(lines, start=1)]
     answers = [[sample["prediction"] for sample in line.get("samples") or [line]] for line in lines]
     outcomes = executor.run(problems, answers)
-    together = None if executor.same_process else executor.run_together(problems, answers, outcomes)
+    together = None if executor.same_process else executor.run_again(problems, answers, outcomes)
     written = [
         {
             "limit_seconds": executor.limit(problem),

@@ -179,7 +179,7 @@ class Tests(Peer):
 
 
 def _define(peer: Tests, problem: dict[str, Any], used: set[str]) -> None:
-    """Give the tests the names that the tests may use: the imports and given parts of the reference, and what the program defines in place of the rest."""
+    """Give the tests the names that they may use: the imports and given parts of the reference, and what the program defines in place of the rest."""
     asked, classes = set(), set()
     for statement in ast.parse(problem["reference"]).body:
         names = _defined(statement)
