@@ -17,6 +17,8 @@ repeatable = settings(
     derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
+TALK = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> Path:
@@ -32,6 +34,10 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
     return path
+
+
+def jsonl(path: Path, *records: dict[str, Any]) -> str:
+    return str(write(path, list(records)))
 
 
 def failure(path: Path, content: str | None = None) -> str:

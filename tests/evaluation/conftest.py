@@ -9,6 +9,7 @@ import pytest
 from cora_cli import writing
 from cora_cli.evaluation import backend
 from cora_cli.evaluation.metrics import reference_cache
+from cora_cli.evaluation.metrics.bertscore import BertScore
 
 from .helpers import make_run
 
@@ -55,3 +56,9 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(backend, "load_model", load)
+
+
+@pytest.fixture(scope="session")
+def bertscore() -> BertScore:
+    """With the embedded encoder."""
+    return BertScore()

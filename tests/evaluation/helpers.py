@@ -21,6 +21,16 @@ UNUSED = VOCABULARY - 1
 """A token that the tiny models do not choose."""
 CLEAR = 1e-3
 """A lead of the best logit over the second that no order of summation in float32 takes away."""
+PREDICTIONS = ["The cat sat on the mat.", "def f(x):\n    return x + 1", "42", "", "Paris is the capital of France", "banana"]
+REFERENCES = [
+    "A cat is sitting on a mat.",
+    "def f(y): return y + 1",
+    "photosynthesis",
+    "hello",
+    "The capital of France is Paris.",
+    "",
+]
+"""Answers and references of every kind: equal, code, short, empty, in other words."""
 
 
 def unsealed(path: Path) -> Any:
