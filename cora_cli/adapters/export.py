@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel
+from peft.tuners.miss import MissLinear
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -146,10 +147,11 @@ def _as_lora(
     elif is_lora and facts is not None:
         method = f"mode {facts.plan.mode}"
     none = f"{adapter.reference} uses {method}, which has no equivalent LoRA"
-    # PEFT does not convert AdaLoRA, although its B·diag(E)·A is a LoRA, pruned or not.
-    converts = wrapped.supports_lora_conversion() or isinstance(config, AdaLoraConfig)
-    if ours is None or is_lora or not converts:
+    if ours is None or is_lora:
         raise CoraError(f"{none}; {_instead(wrapped, adapter)}")
+    # PEFT does not convert AdaLoRA, although its B·diag(E)·A is a LoRA, pruned or not.
+    if not wrapped.supports_lora_conversion() and not isinstance(config, AdaLoraConfig):
+        raise CoraError(f"{adapter.reference} uses {method}, which PEFT does not convert to LoRA; {_instead(wrapped, adapter)}")
     also = [*(config.modules_to_save or ()), *(["biases"] if getattr(config, "bias", "none") != "none" else [])]
     if also:
         raise CoraError(
@@ -274,7 +276,12 @@ def _oriented(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _delta(layer: Any) -> torch.Tensor:
-    """ΔW (out, in) of a layer; PEFT gives it as the layer stores its weight."""
+    """ΔW (out, in) of a layer; PEFT gives it as the layer stores its weight, and MiSS's as a change of a given weight."""
+    if isinstance(layer, MissLinear):
+        weight = layer.get_base_weight().float()
+        if layer.miss_fn == "bat":
+            return layer.get_delta_weight(ADAPTER, weight)
+        return layer.get_delta_weight_miss(ADAPTER, torch.zeros_like(weight))
     return _oriented(layer, layer.get_delta_weight(ADAPTER))
 
 

@@ -13,6 +13,7 @@ from peft import (
     KasaConfig,
     LoHaConfig,
     LoraConfig,
+    MissConfig,
     MontecloraConfig,
     PeftModel,
     PeftType,
@@ -83,6 +84,35 @@ def test_an_adapter_of_some_layers_is_exported_as_a_lora_of_these(
     assert result.exit_code == 0, result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "rank"),
+    [
+        ({"r": 4}, 4),
+        ({"r": 7}, 7),  # of 64 inputs, so that the last block is cut
+        ({"r": 4, "mini_r": 2, "init_weights": "mini"}, 2),
+        ({"r": 4, "init_weights": "bat"}, 64),  # whose change depends on W and has its rank
+    ],
+)
+def test_the_change_of_miss_is_exported_in_each_of_its_variants(
+    options: dict[str, Any], rank: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+    wrapped: Any = get_peft_model(
+        base(), MissConfig(target_modules=["q_proj"], base_model_name_or_path=str(tiny_model), **options)
+    ).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "miss_block" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    wrapped.save_pretrained(tmp_path / "miss")
+    result = cora("export", tmp_path / "miss", "-o", tmp_path / "lora")
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'lora'}: a LoRA of rank {rank}\n"), result.stderr
+    found = PeftModel.from_pretrained(base(), str(tmp_path / "lora")).eval()
+    torch.testing.assert_close(logits(found), logits(wrapped), rtol=1e-4, atol=1e-4)
+    assert (logits(found) - logits(base())).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize(("kind", "rank"), [("pissa", 8), ("vera", 40), ("compact", 4)])
 def test_the_exported_lora_has_the_effect_of_the_run_in_plain_peft(
     kind: str, rank: int, trained: dict[str, Path], tiny_model: Path, tmp_path: Path
@@ -109,7 +139,6 @@ def test_the_exported_lora_has_the_effect_of_the_run_in_plain_peft(
         ("HRA", {"r": 4}),
         ("ROAD", {"group_size": 16}),
         ("IA3", {"feedforward_modules": []}),
-        ("MISS", {"r": 4}),
         ("HIRA", {"r": 4}),
         ("SHIRA", {"r": 4}),
         ("PVERA", {"r": 4}),
@@ -131,8 +160,9 @@ def test_a_method_of_which_peft_makes_no_lora_is_refused_by_its_name(
     get_peft_model(base, config(target_modules=["q_proj", "v_proj"], **options)).save_pretrained(tmp_path / "adapter")
     result = cora("export", tmp_path / "adapter", "-o", tmp_path / "lora")
     assert (result.exit_code, result.stdout) == (1, "")
+    no_lora = "has no equivalent LoRA" if config is LoraConfig else "PEFT does not convert to LoRA"
     assert result.stderr.strip().splitlines()[-1] == (
-        f"cora: error: {tmp_path}/adapter uses {method}, which has no equivalent LoRA; `cora merge` writes it as a plain model"
+        f"cora: error: {tmp_path}/adapter uses {method}, which {no_lora}; `cora merge` writes it as a plain model"
     )
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -164,7 +194,8 @@ def test_a_method_that_cannot_be_merged_is_not_said_to_be(
     get_peft_model(base, config(target_modules=["v_proj"], **options)).save_pretrained(tmp_path / "adapter")
     result = cora("export", tmp_path / "adapter", "-o", tmp_path / "lora")
     assert result.exit_code == 1
-    assert f"uses {method}, which has no equivalent LoRA; `cora evaluate`, on transformers" in " ".join(result.stderr.split())
+    without = f"uses {method}, which PEFT does not convert to LoRA; `cora evaluate`, on transformers"
+    assert without in " ".join(result.stderr.split())
     assert cora("merge", tmp_path / "adapter", "-o", tmp_path / "merged").exit_code == 1
 
 
