@@ -115,9 +115,10 @@ def _read_object(path: Path, text: str, split: str | None, usual: str) -> Iterat
     try:
         value = parse_json(text)
     except Malformed as error:
-        raise CoraError(
-            f"{path}, line {error.line or 1}: not valid JSON ({error}); a file with one record per line has the ending .jsonl"
-        ) from error
+        remedy = "a file with one record per line has the ending .jsonl"
+        if text.lstrip().startswith(("{\n", "{\r")):
+            remedy = "objects that follow each other become one array by `jq -s . OLD > NEW`"
+        raise CoraError(f"{path}, line {error.line or 1}: not valid JSON ({error}); {remedy}") from error
     arrays = {key: rows for key, rows in value.items() if isinstance(rows, list) and all(isinstance(row, dict) for row in rows)}
     is_record = any(value.keys() >= {name} for name in ("messages", "conversations"))
     if not arrays or is_record:
@@ -142,7 +143,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"{path}, line {number}", parse_json(line)
             except Malformed as error:
-                opens = "; a file whose records take several lines holds an array of them and has the ending .json"
+                opens = (
+                    "; a record takes one line here, as `jq -c . OLD > NEW` writes it; an array of records has the ending .json"
+                )
                 hint = opens if line.strip() in ("[", "{", "[{") else ""
                 raise CoraError(f"{path}, line {number}: not valid JSON ({error}): {line.strip()[:60]!r}{hint}") from error
 
@@ -153,8 +156,9 @@ def _read_csv(path: Path, delimiter: str = ",", quoting: Literal[0, 3] = csv.QUO
     Columns without a name are left out: the first one, where pandas writes its index, and empty ones, such as those of a spreadsheet.
     So are rows of empty cells, which spreadsheets write around a table.
     """
-    # Excel's line that names the delimiter is no header.
-    text = re.sub(rf'\A\ufeff?"?sep={delimiter}"?(?=[\r\n])', "", text_of(path), flags=re.IGNORECASE)
+    # Excel's line that names the delimiter is no header, and PowerShell's that names the type of the rows neither.
+    no_header = rf'\A\ufeff?("?sep={delimiter}"?|#TYPE [\w.]+)(?=[\r\n])'
+    text = re.sub(no_header, "", text_of(path), flags=re.IGNORECASE)
     reader = _rows(text, delimiter, quoting)
     header: list[str] = []
     unnamed: set[int] = set()
@@ -189,7 +193,9 @@ def _read_csv(path: Path, delimiter: str = ",", quoting: Literal[0, 3] = csv.QUO
             if [cell.strip(_AROUND_NAMES) for cell in row] == [name.strip(_AROUND_NAMES) for name in header]:
                 raise CoraError(f"{where}: the row repeats the header, as in files put one after the other; remove it")
             if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
-                raise CoraError(f"{where}: the row has {len(row)} columns, but the header has {len(header)}")
+                spaced = any(cell.startswith(' "') for cell in row)
+                remedy = "; quotes around a field begin right behind the delimiter, without a space" if spaced else ""
+                raise CoraError(f"{where}: the row has {len(row)} columns, but the header has {len(header)}{remedy}")
             unnamed |= set(range(len(header), len(row)))
             if lost := next((place for place in sorted(unnamed) if 0 < place < len(row) and row[place].strip()), None):
                 raise CoraError(

@@ -156,11 +156,21 @@ def _of_package(rows: Any, dataset: str) -> Iterator[tuple[str, Any]]:
             yield f"{dataset}, record {number}", row
 
 
+class _Unheld:
+    """In place of a value that Python cannot hold, as a date after the year 9999 or a map with a key twice: no text and no JSON, so that it is
+    refused where a record needs it, and only there."""
+
+    def __init__(self, kind: Any, error: Exception) -> None:
+        self._said = f"unreadable ({_first_line(error)}): {kind}"
+
+    def __str__(self) -> str:
+        return self._said
+
+
 def _rows(table: Any) -> list[dict[str, Any]]:
     """The rows of an Arrow table, without the nulls inside their nested values, and with JSON read (datasets.Json), which it stores as text.
 
-    Arrow gives every object of a column the keys of all the others, with null for those it does not have. Raises `ValueError` or `LookupError`
-    for malformed JSON and for a key that is there twice.
+    Arrow gives every object of a column the keys of all the others, with null for those it does not have. Raises `ValueError` for malformed JSON.
     """
     import pyarrow
 
@@ -173,5 +183,19 @@ def _rows(table: Any) -> list[dict[str, Any]]:
             return [plain(one, kind.value_type) for one in value]
         return parse_json(value) if isinstance(value, str) and isinstance(kind, pyarrow.JsonType) else value
 
-    columns = [(field.name, field.type) for field in table.schema]
-    return [{name: plain(row[name], kind) for name, kind in columns} for row in table.to_pylist(maps_as_pydicts="strict")]
+    columns = [[plain(value, column.type) for value in _values(column)] for column in table.columns]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: Any) -> list[Any]:
+    try:
+        return column.to_pylist(maps_as_pydicts="strict")
+    except Exception:  # OverflowError, KeyError, UnicodeDecodeError and others
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py(maps_as_pydicts="strict")
+    except Exception as error:
+        return _Unheld(scalar.type, error)

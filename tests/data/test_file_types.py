@@ -60,7 +60,9 @@ def test_quotation_marks_of_a_tsv_file_that_quote_no_fields_are_text(written, re
     assert ("are read as text" in capsys.readouterr().err) == (written[0] != "5" and '""' not in written)
 
 
-@pytest.mark.parametrize("first", ["sep=,\r\n", "\ufeffSEP=,\n", '"sep=,"\n'])
+@pytest.mark.parametrize(
+    "first", ["sep=,\r\n", "\ufeffSEP=,\n", '"sep=,"\n', "#TYPE System.Management.Automation.PSCustomObject\r\n"]
+)
 def test_the_line_in_which_excel_names_the_delimiter_is_no_header(first, tmp_path):
     (tmp_path / "a.csv").write_text(f'{first}prompt,completion\n"p, q",c\n', newline="")
     assert list(read_located(str(tmp_path / "a.csv"))) == [(f"{tmp_path}/a.csv, line 3", PAIR)]
@@ -234,3 +236,23 @@ def test_wide_text_without_a_mark_is_named_with_its_encoding(encoding, tmp_path)
     name = "UTF-32" if encoding == "utf-32" else encoding.upper().replace("16-", "16")
     with pytest.raises(CoraError, match=f"is not UTF-8 text, but {name}; convert it: `iconv -f {name} -t UTF-8"):
         load_records(str(path))
+
+
+def test_a_column_that_python_cannot_hold_is_refused_where_it_is_read_alone(tmp_path, capfd):
+    import datasets
+
+    far, zone = (
+        pyarrow.array([2**62, 0], pyarrow.timestamp("us")),
+        pyarrow.array([0, 0], pyarrow.timestamp("us", tz="Mars/Phobos")),
+    )
+    twice = pyarrow.array([[("a", 1), ("a", 2)], []], pyarrow.map_(pyarrow.string(), pyarrow.int32()))
+    unread = {"far": far, "zone": zone, "twice": twice}
+    table = pyarrow.table({"prompt": ["q", "r"], "completion": ["a", "b"], **unread})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    datasets.Dataset(table.drop_columns("twice")).save_to_disk(tmp_path / "saved")
+    for name in ("a.parquet", "saved"):
+        assert [record["completion"] for record in load_records(str(tmp_path / name))[0]] == ["a", "b"]
+        assert "columns that are left out: far" in capfd.readouterr().err
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["q", "r"], "completion": far}), tmp_path / "b.parquet")
+    with pytest.raises(CoraError, match=r'b\.parquet, row 1: completion must be text, not "unreadable \(.*\): timestamp'):
+        load_records(str(tmp_path / "b.parquet"))

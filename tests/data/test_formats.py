@@ -144,15 +144,22 @@ def test_a_bad_jsonl_line_is_named_also_after_blank_lines(bad, found, tmp_path):
 
 
 @pytest.mark.parametrize("opening", ["[\n", "{\n", "[{\n"])
-def test_records_over_several_lines_are_sent_to_the_ending_json(opening, tmp_path):
+def test_records_over_several_lines_are_sent_to_what_works(opening, tmp_path):
     message = failure(tmp_path / "a.jsonl", f'{opening} "prompt": "a", "completion": "b"}}\n')
-    assert message.endswith("a file whose records take several lines holds an array of them and has the ending .json")
+    assert message.endswith("as `jq -c . OLD > NEW` writes it; an array of records has the ending .json")
+
+
+def test_objects_that_follow_each_other_are_sent_to_what_makes_them_an_array(tmp_path):
+    message = failure(tmp_path / "a.json", '{\n "prompt": "a"\n}\n{\n "prompt": "b"\n}\n')
+    assert message.endswith("objects that follow each other become one array by `jq -s . OLD > NEW`")
+    assert failure(tmp_path / "b.json", '{"prompt": "a"}\n{"prompt": "b"}\n').endswith("has the ending .jsonl")
 
 
 @pytest.mark.parametrize(
     ("content", "line", "found"),
     [
         ("prompt,completion\na,b\nc,d,e\n", 3, "the row has 3 columns, but the header has 2"),
+        ('prompt,completion\n"a, b", "c, d"\n', 2, "quotes around a field begin right behind the delimiter, without a space"),
         ("prompt,completion\na,b\nc\n", 3, "the row has 1 columns, but the header has 2"),
         (
             "prompt,completion\na,b\nprompt,completion\nc,d\n",
@@ -445,7 +452,8 @@ def test_a_parquet_map_is_an_object_and_one_that_names_a_key_twice_is_refused(tm
 
     found = load_records(str(file([("city", "Rome")])))[0]
     assert found[0]["messages"][-1]["arguments"] == {"city": "Rome"}
-    assert "cannot be read as Parquet" in failure(file([("city", "Rome"), ("city", "Oslo")]))
+    assert "row 1: messages must be a list of {role, content} " in (said := failure(file([("city", "Rome"), ("city", "Oslo")])))
+    assert "unreadable (Converting to Python dictionary" in said
 
 
 @pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "max_length"])
@@ -544,5 +552,5 @@ def test_a_parquet_struct_that_names_a_field_twice_is_refused(tmp_path):
     message = pyarrow.StructArray.from_arrays(fields, fields=list(said))
     messages = pyarrow.ListArray.from_arrays([0, 1], message)
     pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), tmp_path / "a.parquet")
-    with pytest.raises(CoraError, match=r"a\.parquet cannot be read as Parquet: .*duplicate field names"):
+    with pytest.raises(CoraError, match=r'messages must be .* "unreadable \(.*duplicate field names'):
         load_records(str(tmp_path / "a.parquet"))

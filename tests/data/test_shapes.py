@@ -1,5 +1,7 @@
 """The shapes in which data sets are published: how each is recognised, announced and read, and which are refused."""
 
+import datetime
+import decimal
 import json
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from cora_cli.data.records import prompt_key, turns
 from cora_cli.data.split import Choice, load_records, load_split
 from cora_cli.errors import CoraError, UsageError
-from tests.data.files import SAID, TALK, jsonl
+from tests.data.files import SAID, TALK, jsonl, write
 
 
 @pytest.mark.parametrize(
@@ -414,3 +416,22 @@ def test_what_pandas_has_for_no_value_is_none(tmp_path):
     assert load_records(jsonl(tmp_path / "a.jsonl", record))[0][0]["input"] == ""
     with pytest.raises(CoraError, match="output must be text, not NaN; leave out records without it"):
         load_records(jsonl(tmp_path / "b.jsonl", {**record, "output": float("nan")}))
+
+
+def test_times_and_decimals_within_messages_and_documents_are_text_and_missing_values_none(tmp_path):
+    at = datetime.datetime(2023, 4, 9, 0, 2, 53, tzinfo=datetime.UTC)
+    messages = [{**message, "timestamp": at, "toxicity": decimal.Decimal("0.10"), "score": float("nan")} for message in SAID]
+    documents = [{"title": "t", "day": at.date(), "tags": [{"hour": at.time(), "rank": float("nan")}]}]
+    file = write(tmp_path / "a.parquet", [{"messages": messages, "documents": documents}])
+    [read] = load_records(str(file))[0]
+    # As a chat template that reads them would write them.
+    assert read == {
+        "messages": [{**message, "timestamp": "2023-04-09 00:02:53+00:00", "toxicity": "0.10"} for message in SAID],
+        "documents": [{"title": "t", "day": "2023-04-09", "tags": [{"hour": "00:02:53"}]}],
+    }
+
+
+def test_an_entry_of_a_message_that_json_cannot_hold_is_named(tmp_path):
+    messages = [{**message, "image": b"\xff\xd8"} for message in SAID]
+    with pytest.raises(CoraError, match=r"and image of message 1 is nothing that JSON can hold: .*; leave it out"):
+        load_records(str(write(tmp_path / "a.parquet", [{"messages": messages}])))

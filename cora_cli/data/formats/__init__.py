@@ -3,6 +3,8 @@
 `readers` reads them from a file; `records` says what they become.
 """
 
+import datetime
+import decimal
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -128,8 +130,9 @@ def _checked(record: Raw, shape: Shape, raw: Raw, where: str) -> Record:
     schema = shape.schema
     checked = Record({name: value for name, value in record.items() if name in SCHEMAS[schema] or _is_json(value)}, where)
     if schema == "messages":
-        _check_messages(record["messages"], where)
-        checked["messages"] = [_weighed(message, where) for message in record["messages"]]
+        messages = _as_json(record["messages"])
+        _check_messages(messages, where)
+        checked["messages"] = [_weighed(message, where) for message in messages]
         if answer_weight(checked["messages"][-1]) == 0:
             raise CoraError(
                 f"{where}: the last answer is marked as not trained (the weight 0, or a mark such as `train: false`), so nothing of this record would be "
@@ -178,6 +181,7 @@ def _template_value(name: str, value: Any, where: str) -> Any:
     wanted, words = (dict, "an object") if name == "chat_template_kwargs" else (list, "a list")
     if found is None or found == "":
         return None
+    found = _as_json(found)
     if not isinstance(found, wanted) or not _is_json(found):
         raise CoraError(f"{where}: {name} must be {words}, or JSON text of one, not {json.dumps(value, default=str)[:60]}")
     if isinstance(found, dict) and (taken := sorted(found.keys() & TEMPLATE_ARGUMENTS)):
@@ -192,6 +196,17 @@ def _is_json(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _as_json(value: Any) -> Any:
+    """A value of Parquet or pandas as JSON holds it: times and decimals within as the text that a template writes of them, NaN entries left out."""
+    if isinstance(value, dict):
+        return {name: _as_json(inner) for name, inner in value.items() if not is_nan(inner)}
+    if isinstance(value, list):
+        return [_as_json(inner) for inner in value]
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal):
+        return str(value)
+    return value
 
 
 def _weighed(message: dict[str, Any], where: str) -> dict[str, Any]:
@@ -231,7 +246,11 @@ def _fault_of_messages(messages: Any) -> str | None:
             )
     if messages[-1]["role"] != "assistant":
         return f"and the last of {len(messages)} is of the role {messages[-1]['role']}"
-    return None if _is_json(messages) else f"not {json.dumps(messages, default=str)[:120]}"
+    for number, message in enumerate(messages, start=1):
+        if name := next((name for name, value in message.items() if not _is_json({name: value})), None):
+            shown = json.dumps(message[name], default=str)[:60]
+            return f"and {name} of message {number} is nothing that JSON can hold: {shown}; leave it out"
+    return None
 
 
 def _has_content(message: Mapping[str, Any]) -> bool:
