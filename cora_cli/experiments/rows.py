@@ -331,7 +331,7 @@ def _average_problems(config: TrainConfig, values: Values) -> list[str]:
             fitting = ", ".join(method.name for method in METHODS.values() if method.takes_laplace)
             what = f"mode {config.mode}{' on a base in 4 bits' if config.load_in_4bit else ''}"
             found.append(
-                f"laplace needs a mode that trains A and B as they are, on a base that is not in 4 bits ({fitting}), not {what}"
+                f"laplace needs a mode that trains A and B of each layer as they are, on a base that is not in 4 bits ({fitting}), not {what}"
             )
         try:
             LaplaceConfig("r", "o", **values["laplace"])

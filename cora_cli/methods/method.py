@@ -370,7 +370,7 @@ class Method:
 
     @property
     def takes_laplace(self) -> bool:
-        """Whether `cora laplace` applies: it trains A and B as they are."""
+        """Whether `cora laplace` applies: it trains A and B of each layer as they are."""
         return self.trained == A_AND_B and not self.subtracts_start
 
     @property

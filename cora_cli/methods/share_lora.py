@@ -53,6 +53,11 @@ class _ShareLora(Method):
                 linear: Any = getattr(layer, factor)[ADAPTER]
                 linear.weight = held.setdefault((factor, _place(name), tuple(linear.weight.shape)), linear.weight)
 
+    @property
+    def takes_laplace(self) -> bool:
+        """Not: a factor of several layers would get the curvature of each, and be drawn anew in each."""
+        return False
+
     def parameters(self, shapes: Mapping[str, tuple[int, int]], plan: AdapterPlan) -> int:
         """r·in and r·out of each layer, once for each projection where it is shared."""
         inputs = [(_place(name), inside) for name, (_, inside) in shapes.items()]

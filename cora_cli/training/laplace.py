@@ -187,7 +187,7 @@ def _checked_record(source: RunDirectory, run: str) -> dict[str, Any]:
     if not method.takes_laplace or record["fingerprint"]["settings"].get("load_in_4bit"):
         fitting = ", ".join(one.name for one in METHODS.values() if one.takes_laplace)
         raise CoraError(
-            f"cora laplace needs a run that trained A and B as they are on a base that is not in 4 bits (mode {fitting}), not {run} of mode "
+            f"cora laplace needs a run that trained A and B of each layer as they are on a base that is not in 4 bits (mode {fitting}), not {run} of mode "
             f"{method.name}"
         )
     if start := record["plan"].get("start"):

@@ -10,7 +10,9 @@ from cora_cli.settings import MOST, range_problems, setting
 class LaplaceConfig:
     """Every setting of `cora laplace`."""
 
-    run: str = setting("Run directory of `cora train`, finished, of a mode that trains A and B as they are.", argument=True)
+    run: str = setting(
+        "Run directory of `cora train`, finished, of a mode that trains A and B of each layer as they are.", argument=True
+    )
     output_dir: str = setting("Run directory to write; must not exist yet.", flags=("--output-dir", "-o"))
     prior_precision: float | None = setting(
         "Precision λ of the Gaussian prior over A and B. Default: the one with the largest marginal likelihood.", None

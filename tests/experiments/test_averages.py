@@ -68,7 +68,8 @@ def test_averages_are_estimated_to_take_longer() -> None:
     [
         ({"mode": "lora", "ensemble": 1}, {}, "ensemble must be at least 2 members, not 1"),
         ({"mode": "lora", "ensemble": 2, "laplace": {}}, {}, "set either ensemble or laplace, not both"),
-        ({"mode": "pissa", "laplace": {}}, {}, "laplace needs a mode that trains A and B as they are"),
+        ({"mode": "pissa", "laplace": {}}, {}, "laplace needs a mode that trains A and B of each layer as they are"),
+        ({"mode": "sharelora-ab", "laplace": {}}, {}, "laplace needs a mode that trains A and B of each layer as they are"),
         ({"mode": "lora", "laplace": {}, "load_in_4bit": True}, {}, "not mode lora on a base in 4 bits"),
         ({"mode": "lora", "laplace": {"limt": 3}}, {}, "laplace: unknown key 'limt' (did you mean limit?)"),
         ({"mode": "lora", "laplace": {"limit": 0}}, {}, "--limit must be at least 1, not 0"),

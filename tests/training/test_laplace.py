@@ -232,7 +232,10 @@ def test_what_has_no_laplace_approximation_is_refused(
     refused("is not a cora run", str(tiny_model))
     refused("has a distribution of weights already; name the run that it was made of", str(fitted))
     train(config_for(tiny_model, tiny_data, tmp_path / "xs", mode="lora-xs", max_steps=1))
-    refused(r"needs a run that trained A and B as they are .* \(mode lora, .*\), not .* of mode lora-xs", str(tmp_path / "xs"))
+    refused(
+        r"needs a run that trained A and B of each layer as they are .* \(mode lora, .*\), not .* of mode lora-xs",
+        str(tmp_path / "xs"),
+    )
     other = Path(shutil.copytree(run, tmp_path / "other"))
     text = (other / "config.yaml").read_text()
     assert "split_seed: 0" in text
