@@ -236,8 +236,13 @@ def _evaluation(evaluations: Mapping[str, Mapping[str, Any]], remarks: Sequence[
 
 
 def _loading(found: ModelPath, record: Mapping[str, Any], name: str) -> str:
+    trusts = record["fingerprint"]["settings"].get("trust_remote_code") if found.is_adapter else found.has_own_code
+    argument, flag = (", trust_remote_code=True", " --trust-remote-code") if trusts else ("", "")
     if not found.is_adapter:
-        ways = {"transformers": f'AutoModelForCausalLM.from_pretrained("{name}")', "vLLM": f'vllm.LLM("{name}")'}
+        ways = {
+            "transformers": f'AutoModelForCausalLM.from_pretrained("{name}"{argument})',
+            "vLLM": f'vllm.LLM("{name}"{argument})',
+        }
         return "\n".join(f"- {program}: `{call}`" for program, call in ways.items())
     base = _base(record) or "BASE"
     revision = f', revision="{record["model"]["revision"]}"' if record["model"]["revision"] else ""
@@ -252,13 +257,13 @@ def _loading(found: ModelPath, record: Mapping[str, Any], name: str) -> str:
         if _is_compact(found):
             lines.append("B is not stored: `--basis` names the basis file, or the seed gives it.")
         where = "" if _base(record) else f" --base {base}"
-        return "\n\n".join([*lines, f"    cora evaluate --model {name}{where} --dataset DATA -o EVALUATION"])
+        return "\n\n".join([*lines, f"    cora evaluate --model {name}{where} --dataset DATA -o EVALUATION{flag}"])
     lines.append(
         "With PEFT:\n\n"
         "```python\n"
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{base}"{revision})\n'
+        f'base = AutoModelForCausalLM.from_pretrained("{base}"{revision}{argument})\n'
         f'model = PeftModel.from_pretrained(base, "{name}")\n'
         "```"
     )
@@ -271,7 +276,7 @@ def _loading(found: ModelPath, record: Mapping[str, Any], name: str) -> str:
     lines.append(
         "With transformers, where PEFT is installed:\n\n"
         "```python\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{base}"{revision})\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{base}"{revision}{argument})\n'
         f'model.load_adapter("{name}")\n'
         "```"
     )
@@ -279,7 +284,7 @@ def _loading(found: ModelPath, record: Mapping[str, Any], name: str) -> str:
         rank = vllm_rank(ModelPath("This adapter", found.path, None))
         at = f" --revision {record['model']['revision']}" if record["model"]["revision"] else ""
         lines.append(
-            f"With vLLM:\n\n    vllm serve {base}{at} --enable-lora --max-lora-rank {rank} --lora-modules adapter={name}"
+            f"With vLLM:\n\n    vllm serve {base}{at}{flag} --enable-lora --max-lora-rank {rank} --lora-modules adapter={name}"
         )
     except CoraError as error:
         lines.append(f"{error}; `cora merge` writes the base model with it as a plain model.")

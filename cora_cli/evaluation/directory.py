@@ -15,6 +15,10 @@ from cora_cli.rundir import EvaluationDirectory
 
 REPLACEMENT = ".replacement"
 """The folder in an evaluation's directory where the one that is to replace it is worked on."""
+OWN_CODE = "own_code"
+"""The setting that says whether the model was that of the code in its folder; there is none for models without code."""
+_UNRECORDED = {OWN_CODE: False}
+"""Settings that earlier versions did not record, with what they are taken for: without the code, an evaluation is reused, with it, made again."""
 
 
 def _recorded(out: EvaluationDirectory, overwrite: bool) -> dict[str, Any]:
@@ -32,7 +36,11 @@ def _differing(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bo
     theirs = _recorded(out, overwrite).get("settings", {})
     # Evaluations from before the tokenizer's files were hashed do not have that setting.
     ignored = {"model", *(() if "tokenizer_sha256" in theirs else ("tokenizer_sha256",))}
-    return sorted(name for name in {*theirs, *settings} - ignored if theirs.get(name) != settings.get(name))
+    return sorted(
+        name
+        for name in {*theirs, *settings} - ignored
+        if theirs.get(name, _UNRECORDED.get(name)) != settings.get(name, _UNRECORDED.get(name))
+    )
 
 
 def recorded_date(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> str | None:

@@ -51,6 +51,7 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.backend import Backend, open_transformers, open_vllm
 from cora_cli.evaluation.config import EvaluateConfig, check_predictions
 from cora_cli.evaluation.directory import (
+    OWN_CODE,
     REPLACEMENT,
     check_nothing_is_lost,
     place_of_work,
@@ -189,6 +190,8 @@ def _evaluate_target(
         "max_new_tokens": config.max_new_tokens,
         "decoding": describe(config.temperature, config.samples, config.seed),
         "dtype": hardware.dtype_name,
+        # A folder with code may have a type that transformers knows too, and be one model or the other.
+        **({OWN_CODE: config.trust_remote_code} if any(one.base.has_own_code for one in target.members) else {}),
         **_backend_settings(config, target, hardware),
     }
     tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)

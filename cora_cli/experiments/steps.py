@@ -367,6 +367,8 @@ class _Planner:
         facts = {**facts, "template": common["template"], **hashes}
         if self._flags.dtype != "auto":  # a run's evaluation has it from the run
             facts["dtype"] = self._flags.dtype
+        if self._taken["trust_remote_code"]:
+            facts["trust_remote_code"] = True
         step = self._keyed("evaluate-base", "evaluate", of_answers(facts), ())
         records, output = f"records/{row.dataset}.jsonl", f"evaluations/{step.key[:12]}"
         if data in self._inputs.datasets:
@@ -404,6 +406,8 @@ class _Planner:
         answers = {name: hashing.sha256_json(of_answers(step.facts)) for name, step in evaluations.items()}
         rubrics = [load_rubric(rubric).sha256 for rubric in config.rubric]
         facts = {**settings, "rubrics": rubrics, "answers": answers}
+        if self._flags.trust_remote_code and "judge_model" in settings:
+            facts["trust_remote_code"] = True
         argv = words("judge", config)
         self._add(Step(f"judge-{dataset}", "judge", output, facts, tuple(evaluations), argv))
 

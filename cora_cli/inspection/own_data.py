@@ -67,7 +67,7 @@ def read_own_data(
     found = _requests(requests, models)
     if without := [name for name in models if name not in found]:
         note(f"without --data, and so only among the others: {', '.join(without)}")
-    skeleton = build_skeleton(load_configuration(base))
+    skeleton = build_skeleton(_configuration(base))
     split_projections(skeleton, target_modules)
     target_linears(skeleton, target_modules)
     for model in (*models.values(), base):
@@ -77,9 +77,21 @@ def read_own_data(
     for name, request in found.items():
         if models[name].is_adapter:
             check_base(models[name], base)
-        check_code(models[name], base, trusts=False, remedy=f"leave {name} out of --data, which runs no such code")
+        check_code(models[name], base, trusts=False, remedy="inspect it without --data, which runs no such code")
         data[name] = _read(name, request, models[name], sources[name], base, known, limit)
     return data
+
+
+def _configuration(base: ModelPath) -> Any:
+    try:
+        return load_configuration(base)
+    except CoraError as error:
+        if not base.has_own_code:
+            raise
+        raise CoraError(
+            f"--data passes records through {base.reference}, which transformers knows by the Python code in its folder alone, and `cora inspect` does "
+            "not run that; inspect without --data"
+        ) from error
 
 
 def _requests(requests: Sequence[str], models: Mapping[str, ModelPath]) -> dict[str, _Request]:
@@ -151,7 +163,7 @@ def _read(
     template = Template(choose_template(wanted, schema, tokenizer), schema, tokenizer, date)
     if template.reads_clock and date is None:
         say(f"{name}: the chat template writes the date into its prompts: {template.date}")
-    config = load_configuration(base if model.is_adapter else model)
+    config = _configuration(base if model.is_adapter else model)
     context, rows = context_length(config), _embedding_rows(config, source)
     # The training cut its records to its length; that of a model from elsewhere is not known, and only its context limits them.
     encoded = encode_records(new, template, int(length or context), "own", rows, context=context)

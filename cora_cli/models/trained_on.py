@@ -23,8 +23,8 @@ _TRAINED_BY = re.compile(rb"^Trained by cora ", re.MULTILINE)
 
 @dataclasses.dataclass(frozen=True)
 class TrainedOn:
-    """The hashes of the prompts that a model was trained on, the data sets that they came from, their template, the date that it writes, and the
-    tokens to which their training cut examples.
+    """The hashes of the prompts that a model was trained on, the data sets that they came from, their template, the date that it writes, the
+    tokens to which their training cut examples, and whether it ran the code that comes with the base.
 
     `place` is the directory with the record. It is not `complete` where an early version trained, which recorded no prompts.
     """
@@ -36,6 +36,7 @@ class TrainedOn:
     date: str | None
     template: str | None = None
     max_length: int | None = None
+    trust_remote_code: bool | None = None
 
 
 def run_of(model: ModelPath) -> RunDirectory | None:
@@ -51,15 +52,17 @@ def trained_on(model: ModelPath) -> TrainedOn | None:
         carried = read_sealed(model.path / RECORD, CarriedTraining)
         prompts = _read_prompts(model.path / PROMPTS, carried["trained_prompts_sha256"])
         date, template, length = carried["template_date"], carried.get("template"), carried.get("max_length")
-        return TrainedOn(model.path, prompts, carried["complete"], tuple(carried["datasets"]), date, template, length)
+        trusts, datasets = carried.get("trust_remote_code"), tuple(carried["datasets"])
+        return TrainedOn(model.path, prompts, carried["complete"], datasets, date, template, length, trusts)
     run = run_of(model)
     if run is None:
         return None
     record = read_run(run)
     data = record["data"]
     prompts = _read_prompts(run.trained_prompts, data.get("trained_prompts_sha256"))
-    date, length = template_date(record), record["fingerprint"]["settings"].get("max_length")
-    return TrainedOn(run.root, prompts, run.trained_prompts.exists(), (data["dataset"],), date, data["template"], length)
+    settings, complete = record["fingerprint"]["settings"], run.trained_prompts.exists()
+    date, length, trusts = template_date(record), settings.get("max_length"), settings.get("trust_remote_code")
+    return TrainedOn(run.root, prompts, complete, (data["dataset"],), date, data["template"], length, trusts)
 
 
 def known_prompts(model: ModelPath) -> frozenset[str]:
@@ -78,13 +81,12 @@ def say_unrecorded(model: ModelPath) -> None:
 
 
 def check_code(model: ModelPath, base: ModelPath, trusts: bool, remedy: str = "give --trust-remote-code") -> None:
-    """Raise `CoraError` where a run was trained by the code that comes with its base, and this command would take transformers' own class, or the
+    """Raise `CoraError` where a model was trained by the code that comes with its base, and this command would take transformers' own class, or the
     other way round: folders with code may have a type that transformers knows too."""
-    run = run_of(model) if base.has_own_code else None
-    trusted = read_run(run)["fingerprint"]["settings"].get("trust_remote_code") if run is not None else None
-    if trusted is None or trusted == trusts:
+    record = trained_on(model) if base.has_own_code else None
+    if record is None or record.trust_remote_code in (None, trusts):
         return
-    if trusted:
+    if record.trust_remote_code:
         raise CoraError(
             f"{model.reference} was trained with --trust-remote-code, by the code that comes with {base.reference}; without it, transformers' own "
             f"class may compute something else: {remedy}"
@@ -152,6 +154,7 @@ def carry_record(directory: Path, *models: ModelPath) -> None:
         "template_date": next((each.date for each in found if each.date), None),
         "template": next((each.template for each in found if each.template), None),
         "max_length": next((each.max_length for each in found if each.max_length), None),
+        "trust_remote_code": found[0].trust_remote_code,
     }
     write_sealed(directory / RECORD, record)
     writing.write_text(directory / PROMPTS, listed)

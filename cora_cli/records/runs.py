@@ -82,6 +82,7 @@ class CarriedTraining(TypedDict):
     template_date: str | None
     template: NotRequired[str | None]
     max_length: NotRequired[int | None]
+    trust_remote_code: NotRequired[bool | None]
 
 
 class Loss(TypedDict):

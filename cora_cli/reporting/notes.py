@@ -18,7 +18,7 @@ from cora_cli.reporting.statistics import EXAMPLES, SEEDS, MethodResults
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.training_conditions import differing_conditions
 
-_OF_ANSWERS = ("template", "template_date", "decoding", "max_new_tokens", "end_tokens", "dtype")
+_OF_ANSWERS = ("template", "template_date", "decoding", "max_new_tokens", "end_tokens", "dtype", "own_code")
 """The settings of an evaluation by which the answers of one model differ beyond rounding."""
 _OF_SPEED = {"processes": 1, "shard": "none", "fast_path": "none", "tokens_per_row": "none"}
 """What a run records of its machine, apart from device and threads, that decides about its speed and memory, with its value where it is not recorded."""

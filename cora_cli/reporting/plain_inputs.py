@@ -38,7 +38,7 @@ class Plain:
     @property
     def conditions(self) -> dict[str, Any]:
         """What must be equal for the evaluations of two models to be compared: the records, the decoding and the metrics."""
-        names = ("records_sha256", "template", "max_new_tokens", "decoding", "dtype")
+        names = ("records_sha256", "template", "max_new_tokens", "decoding", "dtype", "own_code")
         signatures = {name: comparable_signature(metric["signature"]) for name, metric in self.evaluation["metrics"].items()}
         return {**{name: self.settings.get(name) for name in names}, "metrics": signatures}
 

@@ -14,6 +14,7 @@ _NEUTRAL = {
     "dropout": None,
     "train_on": "last",
     "load_in_4bit": False,
+    "trust_remote_code": None,
 }
 """Settings that every method has, with their value where they are not recorded."""
 

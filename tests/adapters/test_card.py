@@ -82,6 +82,15 @@ def test_a_base_and_a_data_set_of_the_hub_are_named_in_the_metadata(run: Path) -
     assert 'from_pretrained("org/base", revision="0123abc")' in text
 
 
+def test_the_code_that_a_training_ran_is_asked_for_where_the_adapter_is_loaded(run: Path) -> None:
+    record = from_hub(unsealed(run / "run.json"))
+    assert "trust" not in card(run / "adapter", record)
+    record["fingerprint"]["settings"]["trust_remote_code"] = True
+    text = card(run / "adapter", record)
+    assert text.count('from_pretrained("org/base", revision="0123abc", trust_remote_code=True)') == 2
+    assert "vllm serve org/base --revision 0123abc --trust-remote-code --enable-lora" in text
+
+
 def test_which_part_of_a_data_set_was_read_is_named(run: Path) -> None:
     record = unsealed(run / "run.json")
     data = {**record["data"], "dataset": "org/data", "subset": "main", "split": "small", "test_dataset": "/home/me/test.jsonl"}

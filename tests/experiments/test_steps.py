@@ -380,3 +380,6 @@ def test_every_step_of_a_model_with_code_of_its_own_may_run_it(own: bool) -> Non
     kinds = {step.kind for step in trusted.steps.values() if "--trust-remote-code" in step.argv}
     assert kinds == ({"model", "train", "laplace", "evaluate"} if own else set())
     assert own or trusted.steps == plan_of(grid).steps
+    plain = make_plan(grid, Path("out"), inputs, StepFlags("cpu", "fp32"))
+    same = {step.key for step in trusted.steps.values()} & {step.key for step in plain.steps.values()}
+    assert not own or not same  # also of the evaluation of the base, which rests on no training

@@ -17,7 +17,7 @@ from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 REFERENCE, SHUFFLED, BASE = "reference", "shuffled reference", "base"
 KEYS = ("prompt", "reference", "prediction")
-_OF_ANSWERS = ("decoding", "max_new_tokens", "end_tokens", "dtype")
+_OF_ANSWERS = ("decoding", "max_new_tokens", "end_tokens", "dtype", "own_code")
 """The settings of an evaluation by which the answers of one model to one prompt differ beyond rounding."""
 
 

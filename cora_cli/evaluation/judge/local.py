@@ -65,6 +65,7 @@ class LocalJudge:
             "max_tokens": config.max_tokens,
             "tokens": "of the complete text",  # earlier versions took those of its parts
             "asked_again": "from the opening of the object to its end",
+            **({"own_code": True} if config.trust_remote_code and self._model.has_own_code else {}),
             **({"template_date": self._date} if writes_date else {}),
         }
 
