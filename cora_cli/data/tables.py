@@ -9,7 +9,7 @@ from typing import Any
 from cora_cli.environment import behind_hub_error, proxy_to_hub
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
-from cora_cli.reading import parse_json, read_text
+from cora_cli.reading import Malformed, parse_json, read_text
 
 HELD_OUT = "test"
 """The split that a data set of held-out records is, where it has several."""
@@ -147,11 +147,7 @@ def _of_package(rows: Any, dataset: str) -> Iterator[tuple[str, Any]]:
     """
     number = 0
     for table in rows.with_format("arrow").iter(1000):
-        try:
-            plain = _rows(table)
-        except (LookupError, ValueError) as error:
-            raise CoraError(f"{dataset} cannot be read: {_first_line(error)}") from error
-        for row in plain:
+        for row in _rows(table):
             number += 1
             yield f"{dataset}, record {number}", row
 
@@ -170,7 +166,7 @@ class _Unheld:
 def _rows(table: Any) -> list[dict[str, Any]]:
     """The rows of an Arrow table, without the nulls inside their nested values, and with JSON read (datasets.Json), which it stores as text.
 
-    Arrow gives every object of a column the keys of all the others, with null for those it does not have. Raises `ValueError` for malformed JSON.
+    Arrow gives every object of a column the keys of all the others, with null for those it does not have.
     """
     import pyarrow
 
@@ -181,7 +177,12 @@ def _rows(table: Any) -> list[dict[str, Any]]:
             return {key: plain(one, kind.item_type) for key, one in value.items() if one is not None}
         if isinstance(value, list) and hasattr(kind, "value_type"):
             return [plain(one, kind.value_type) for one in value]
-        return parse_json(value) if isinstance(value, str) and isinstance(kind, pyarrow.JsonType) else value
+        if isinstance(value, str) and isinstance(kind, pyarrow.JsonType):
+            try:
+                return parse_json(value)
+            except Malformed as error:
+                return _Unheld(kind, error)
+        return value
 
     columns = [[plain(value, column.type) for value in _values(column)] for column in table.columns]
     return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]

@@ -15,6 +15,8 @@ from cora_cli.rundir import EvaluationDirectory
 
 REPLACEMENT = ".replacement"
 """The folder in an evaluation's directory where the one that is to replace it is worked on."""
+BASE_ENDS = "base_generation_config_sha256"
+"""The setting with the hash of the base model's generation_config.json, where the tokenizer is not the base's."""
 OWN_CODE = "own_code"
 """The setting that says whether the model was that of the code in its folder; there is none for models without code."""
 _UNRECORDED = {OWN_CODE: False}
@@ -34,8 +36,8 @@ def _recorded(out: EvaluationDirectory, overwrite: bool) -> dict[str, Any]:
 def _differing(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> list[str]:
     """The names of recorded settings that differ from `settings`. The model is compared by its hash, not by where it lies."""
     theirs = _recorded(out, overwrite).get("settings", {})
-    # Evaluations from before the tokenizer's files were hashed do not have that setting.
-    ignored = {"model", *(() if "tokenizer_sha256" in theirs else ("tokenizer_sha256",))}
+    # Evaluations from before these files were hashed do not have those settings.
+    ignored = {"model", *(name for name in ("tokenizer_sha256", BASE_ENDS) if name not in theirs)}
     return sorted(
         name
         for name in {*theirs, *settings} - ignored

@@ -51,6 +51,7 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.backend import Backend, open_transformers, open_vllm
 from cora_cli.evaluation.config import EvaluateConfig, check_predictions
 from cora_cli.evaluation.directory import (
+    BASE_ENDS,
     OWN_CODE,
     REPLACEMENT,
     check_nothing_is_lost,
@@ -180,6 +181,8 @@ def _evaluate_target(
         "model": target.base.reference,
         "model_sha256": base_sha256,
         "tokenizer_sha256": target.tokenizer_hash(),
+        # Its settings end answers, too, and are no part of a tokenizer that lies with an adapter.
+        **({BASE_ENDS: base_ends} if (base_ends := target.base_ends_hash()) else {}),
         "adapter_sha256": target.adapter and target.adapter.content_hash(),
         **_ensemble_settings(target),
         "merged": config.merge and any(member.adapter and not member.draws for member in target.members),

@@ -84,6 +84,11 @@ class Target:
             return found
         return hashing.sha256_json([found, hashing.sha256_file(self.adapter.chat_template)])
 
+    def base_ends_hash(self) -> str | None:
+        """SHA-256 of the base's generation_config.json, which says what ends an answer; None where there is none, or `tokenizer_hash` is over it."""
+        ends = self.base.path / "generation_config.json"
+        return hashing.sha256_file(ends) if self.tokenizer.path != self.base.path and ends.is_file() else None
+
 
 def find_targets(config: EvaluateConfig) -> list[Target]:
     """Find every model, and raise `CoraError` for those that cannot be evaluated before any model is loaded.

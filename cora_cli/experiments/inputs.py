@@ -113,7 +113,8 @@ def used_sources(grid: Grid) -> list[str]:
 def references(grid: Grid) -> tuple[list[str], dict[str, tuple[str, Values]]]:
     """References of all models that the grid needs, and its data sets by key, each with the settings of its split."""
     settings = [grid.models[name] for name in used_sources(grid)]
-    models = [grid.model, *(value for value in settings if isinstance(value, str))]
+    judges = [grid.judge["judge_model"]] if grid.judge and "judge_model" in grid.judge else []
+    models = [grid.model, *(value for value in settings if isinstance(value, str)), *judges]
     splits = [(grid.datasets[row.dataset], split_settings(grid, row)) for row in grid.rows if row.dataset]
     splits += [(value["dataset"], value) for value in settings if not isinstance(value, str)]
     return list(dict.fromkeys(models)), {data_key(reference, values): (reference, values) for reference, values in splits}

@@ -406,8 +406,11 @@ class _Planner:
         answers = {name: hashing.sha256_json(of_answers(step.facts)) for name, step in evaluations.items()}
         rubrics = [load_rubric(rubric).sha256 for rubric in config.rubric]
         facts = {**settings, "rubrics": rubrics, "answers": answers}
-        if self._flags.trust_remote_code and "judge_model" in settings:
-            facts["trust_remote_code"] = True
+        if judge := settings.get("judge_model"):
+            known = self._inputs.models.get(judge)
+            texts = {"judge_tokenizer_sha256": known.tokenizer_sha256, "judge_end_tokens": list(known.ends)} if known else {}
+            own_code = known is not None and known.has_own_code and self._flags.trust_remote_code
+            facts |= {"judge_sha256": self._model_hash(judge), **texts, **({"trust_remote_code": True} if own_code else {})}
         argv = words("judge", config)
         self._add(Step(f"judge-{dataset}", "judge", output, facts, tuple(evaluations), argv))
 

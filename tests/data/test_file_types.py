@@ -246,10 +246,11 @@ def test_a_column_that_python_cannot_hold_is_refused_where_it_is_read_alone(tmp_
         pyarrow.array([0, 0], pyarrow.timestamp("us", tz="Mars/Phobos")),
     )
     twice = pyarrow.array([[("a", 1), ("a", 2)], []], pyarrow.map_(pyarrow.string(), pyarrow.int32()))
-    unread = {"far": far, "zone": zone, "twice": twice}
+    malformed = pyarrow.array(['{"a": 1, "a": 2}', "{}"], pyarrow.json_())
+    unread = {"far": far, "zone": zone, "malformed": malformed, "twice": twice}
     table = pyarrow.table({"prompt": ["q", "r"], "completion": ["a", "b"], **unread})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    datasets.Dataset(table.drop_columns("twice")).save_to_disk(tmp_path / "saved")
+    datasets.Dataset(table.drop_columns(["malformed", "twice"])).save_to_disk(tmp_path / "saved")
     for name in ("a.parquet", "saved"):
         assert [record["completion"] for record in load_records(str(tmp_path / name))[0]] == ["a", "b"]
         assert "columns that are left out: far" in capfd.readouterr().err

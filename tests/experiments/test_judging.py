@@ -1,5 +1,6 @@
 """A grid whose answers are judged: one judging per data set, which waits for all answers and pays for none twice."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typer.testing import CliRunner
 
 from cora_cli.cli import app
 from cora_cli.errors import UsageError
+from cora_cli.experiments.inputs import references
 from cora_cli.experiments.preset import small
+from cora_cli.experiments.steps import StepFlags, make_plan
 from cora_cli.reading import read_json
 from tests.evaluation.judge.server import serving
-from tests.experiments.helpers import BASE, PretendLauncher, grid_of, plan_of, run_plan
+from tests.experiments.helpers import BASE, PretendLauncher, grid_of, inputs_of, plan_of, run_plan
 
 JUDGE = {"judge_model": "judge", "rubric": ["paper"], "limit": 2}
 ROWS = ({"mode": "base"}, {"mode": ["fb", "lora"]})
@@ -44,6 +47,20 @@ def test_other_metrics_ask_the_judge_for_nothing_new() -> None:
 
     assert key() == key(metrics=["rouge", "meteor"])
     assert key() != key(max_new_tokens=7)
+
+
+def test_another_model_in_the_folder_of_the_judge_judges_again() -> None:
+    grid = grid_of(*ROWS, **with_judge(JUDGE))
+    assert "judge" in references(grid)[0]
+
+    def key(**changed: Any) -> str:
+        inputs = inputs_of()
+        inputs.models["judge"] = dataclasses.replace(inputs.models["base"], **changed)
+        flags = StepFlags("cpu", "fp32", trust_remote_code=True)
+        return make_plan(grid, Path("out"), inputs, flags).steps["judge-data"].key
+
+    others: list[dict[str, Any]] = [{"sha256": "b"}, {"tokenizer_sha256": "b"}, {"ends": (7,)}, {"has_own_code": True}]
+    assert len({key(), *(key(**changed) for changed in others)}) == 5
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@
 import datetime
 import decimal
 import json
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -199,12 +200,12 @@ def _is_json(value: Any) -> bool:
 
 
 def _as_json(value: Any) -> Any:
-    """A value of Parquet or pandas as JSON holds it: times and decimals within as the text that a template writes of them, NaN entries left out."""
+    """A value of Parquet or pandas as JSON holds it: times, decimals and UUIDs within as the text that a template writes of them, NaN entries left out."""
     if isinstance(value, dict):
         return {name: _as_json(inner) for name, inner in value.items() if not is_nan(inner)}
     if isinstance(value, list):
         return [_as_json(inner) for inner in value]
-    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal):
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal | uuid.UUID):
         return str(value)
     return value
 
