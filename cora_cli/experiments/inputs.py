@@ -92,11 +92,13 @@ class DataFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Models by reference, data sets by `data_key`, and the error for each reference that could not be resolved."""
+    """Models by reference, data sets by `data_key`, the error for each reference that could not be resolved, and the content hash of an encoder of
+    BERTScore that is a folder, where hashes were requested."""
 
     models: dict[str, ModelFacts]
     datasets: dict[str, DataFacts]
     unresolved: dict[str, str]
+    encoder_sha256: str | None = None
 
     def require_all(self) -> None:
         """Raise `CoraError` that lists every model and data set that could not be resolved."""
@@ -196,7 +198,13 @@ def find_inputs(grid: Grid, memory: Path | None, trust_remote_code: bool = False
             found_data[key] = _data_facts(reference, split)
         except CoraError as error:
             unresolved[reference] = str(error)
-    return Inputs(found_models, found_data, unresolved)
+    encoder, encoder_sha256 = (grid.evaluate or {}).get("bertscore_model"), None
+    if digests and encoder and (place := Path(encoder).expanduser()).is_dir():
+        try:
+            encoder_sha256 = digests.of(ModelPath(encoder, place, None))
+        except CoraError as error:
+            unresolved[encoder] = str(error)
+    return Inputs(found_models, found_data, unresolved, encoder_sha256)
 
 
 def _model_facts(model: ModelPath, digests: "_Digests | None", trust_remote_code: bool) -> ModelFacts:

@@ -40,7 +40,9 @@ COMMANDS: dict[Kind, str] = {
 PLAN_FORMAT = 1
 FOLDERS = ("runs", "models", "bases", "proposals", "evaluations", "judgings", "records", "steps", "logs", "slurm")
 """The folders in the output directory of a grid."""
-SCORING = frozenset({"metrics", "metric_variant", "bertscore_model", "bertscore_layer", "bootstrap", "seed"})
+SCORING = frozenset(
+    {"metrics", "metric_variant", "bertscore_model", "bertscore_sha256", "bertscore_layer", "bootstrap", "seed"}
+)
 """Settings of an evaluation that do not affect predictions (`seed` only without a temperature): after a change, only the metrics are computed
 again."""
 
@@ -351,7 +353,8 @@ class _Planner:
         settings = {key: value for key, value in settings.items() if key not in without_effect}
         # `overwrite` replaces results that `ledger` found outdated; predictions with equal settings are reused.
         common = {**self._taken, "overwrite": True, **settings}
-        facts: dict[str, Any] = dict(settings)
+        encoder = self._inputs.encoder_sha256
+        facts: dict[str, Any] = {**settings, **({"bertscore_sha256": encoder} if encoder else {})}
         if runs:
             several = len(runs) > 1
             output = f"evaluations/{row.name}" if several else f"{runs[0].output}/evaluation"

@@ -17,7 +17,7 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.estimate import estimate_steps
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import find_inputs, require_on_hub
-from cora_cli.experiments.steps import StepFlags, make_plan
+from cora_cli.experiments.steps import Step, StepFlags, make_plan, of_answers
 from cora_cli.models.model_path import ModelPath
 from tests.conftest import VOCABULARY
 from tests.experiments.helpers import grid_of
@@ -167,3 +167,23 @@ def test_for_a_plan_a_configuration_and_a_tokenizer_say_what_the_weights_would(
     assert planned.sha256 is None
     assert planned.targets(("q_proj", "v_proj")) == complete.targets(("q_proj", "v_proj"))
     assert (planned.parameters, planned.embedded, planned.heads) == (complete.parameters, complete.embedded, complete.heads)
+
+
+def test_another_encoder_in_the_folder_of_bertscore_scores_the_same_answers_again(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    encoder = Path(shutil.copytree(tiny_model, tmp_path / "encoder"))
+    evaluate = {"metrics": ["bertscore"], "bertscore_model": str(encoder)}
+    rows = grid_of({"mode": "lora", "rank": 4}, model=str(tiny_model), datasets={"data": str(tiny_data)})
+    grid = dataclasses.replace(rows, evaluate=evaluate)
+
+    def step() -> Step:
+        inputs = find_inputs(grid, tmp_path / "hashes.json")
+        steps = make_plan(grid, Path("out"), inputs, StepFlags("cpu", "fp32")).steps.values()
+        return next(step for step in steps if step.kind == "evaluate")
+
+    before = step()
+    (encoder / "config.json").write_text((encoder / "config.json").read_text() + " ")
+    after = step()
+    assert before.key != after.key
+    assert of_answers(before.facts) == of_answers(after.facts)
