@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cora_cli import hashing
 from cora_cli.evaluation.judge.rubrics import SHIPPED
 from cora_cli.experiments.paper import paper_row
 from cora_cli.render.document import Block, Text
@@ -33,6 +34,28 @@ def judge_section(record: Mapping[str, Any], printed: Mapping[str, str] | None =
             # The questions that are not about the models' answers or the references.
             shuffled = rubric["asked"] // (1 + record["retest"]) - (len(record["systems"]) + 1) * record["records"]
             blocks += _score_tables(title, name, rubric, record["records"], shuffled, printed or {})
+    return blocks
+
+
+def unlike_judgings(records: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """A sentence for each judge that did not judge alike in all of the `judge.json`, in what decides about scores and no title shows."""
+    blocks: list[Block] = []
+    for name in dict.fromkeys(record["judge"]["model"] for record in records):
+        own = [record for record in records if record["judge"]["model"] == name]
+        settings = {
+            key: {hashing.sha256_json(one["judge"].get(key)) for one in own} for record in own for key in record["judge"]
+        }
+        rubrics = {
+            f"the text of rubric {rubric}": {one["rubrics"][rubric]["sha256"] for one in own if rubric in one["rubrics"]}
+            for record in own
+            for rubric in record["rubrics"]
+        }
+        if differing := [clean(key) for key, values in {**settings, **rubrics}.items() if len(values) > 1]:
+            blocks.append(
+                Text(
+                    f"The judgings by {clean(name)} differ in {', '.join(differing)}, from which differences in scores may come; each judge.json has the values."
+                )
+            )
     return blocks
 
 

@@ -9,7 +9,7 @@ from cora_cli.render.canvas import Figure
 from cora_cli.render.document import Block, Heading, Items, Text
 from cora_cli.reporting.comparison import BASE
 from cora_cli.reporting.forest import FOREST
-from cora_cli.reporting.judge_section import judge_section
+from cora_cli.reporting.judge_section import judge_section, unlike_judgings
 from cora_cli.reporting.methods_section import methods_paragraphs
 from cora_cli.reporting.programs import program_tables
 from cora_cli.reporting.results import places_apart
@@ -40,6 +40,7 @@ def build_document(summary: Summary, figures: Sequence[Figure] = (), brief: bool
         for judged, place in zip(summary.collection.judged, places_apart(summary.collection.judged), strict=True):
             which = ", ".join(filter(None, (judged.group if several else None, place)))
             blocks += judge_section(judged.record, judged.printed, which)
+        blocks += unlike_judgings([judged.record for judged in summary.collection.judged])
     others = [figure for figure in figures if not figure.name.endswith(FOREST)]
     if others:
         blocks += [Heading(2, "Figures"), *others]

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from cora_cli import hashing, writing
 from cora_cli.cli import app
 from cora_cli.errors import CoraError
+from cora_cli.evaluation.judge import rubrics
 from cora_cli.evaluation.judge.judge import judge
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.records import Judging
@@ -426,3 +428,17 @@ def test_two_judges_of_one_model_are_told_apart(answers, tmp_path) -> None:
     text = cora("report", tmp_path / "fair", tmp_path / "blind").stdout
     assert "the judge fair tells" in text
     assert "the judge blind is disqualified" in text
+
+
+def test_judgings_by_one_name_that_were_not_made_alike_are_said_to_be_unlike(answers, tmp_path) -> None:
+    rubric = tmp_path / "mine.yaml"
+    values = yaml.safe_load((Path(rubrics.__file__).parent / "rubrics" / "paper.yaml").read_text())
+    places = []
+    with serving(biases=Biases()) as server:
+        for name, mark, parameters in (("a", 60, None), ("b", 60, None), ("c", 50, '{"temperature": 1}')):
+            rubric.write_text(yaml.safe_dump({**values, "pass_mark": mark}))
+            judge(judge_of(server, answers, tmp_path / name, rubric=(str(rubric),), parameters=parameters))
+            places.append(tmp_path / name)
+    assert "differ in" not in cora("report", *places[:2]).stdout
+    said = " ".join(cora("report", *places).stdout.split())
+    assert "differ in parameters, the text of rubric mine, from which differences in scores may come" in said
