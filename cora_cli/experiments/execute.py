@@ -21,7 +21,7 @@ from cora_cli.experiments.launch import Job, Launcher
 from cora_cli.experiments.ledger import FINISHED, Ledger
 from cora_cli.experiments.plan_record import plan_record
 from cora_cli.experiments.screen import Screen
-from cora_cli.experiments.steps import COMMANDS, Plan, Step
+from cora_cli.experiments.steps import BASES, COMMANDS, Plan, Step
 from cora_cli.records import PLAN, read_sealed, write_sealed
 
 _POLL_SECONDS = 0.1
@@ -226,6 +226,7 @@ def _error_in(log: Path, code: int) -> str:
 _TEXTS = {
     "tokenizer_sha256": (COMMANDS.keys() - {"basis"}, "the tokenizer of {}, or its chat template,"),
     "end_tokens": (frozenset({"evaluate", "judge"}), "the eos_token_id in generation_config.json of {}"),
+    BASES: (frozenset({"basis"}), "the base model of an adapter among the source models"),
 }
 """For each of `Plan.texts` the kinds of step that depend on it, and what it is."""
 
@@ -252,7 +253,7 @@ def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool, dtype: str |
         theirs = record.get("texts", recorded)  # earlier versions noted them in the plan alone
         for key, ours in plan.texts.items():
             kinds, what = _TEXTS[key]
-            if step.kind in kinds and theirs.get(key) not in (None, ours):
+            if step.kind in kinds and _has_changed(key, theirs.get(key), ours, step):
                 raise CoraError(
                     f"{what.format(plan.grid.model)} has changed since {step.output} was finished, so further rows could not be compared with it; "
                     "restore it, or choose another --output-dir"
@@ -265,6 +266,14 @@ def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool, dtype: str |
             f"{plan.out} holds results that were created with other settings: {shown}{more}; choose another --output-dir, or "
             "replace them with --overwrite"
         )
+
+
+def _has_changed(key: str, theirs: Any, ours: Any, step: Step) -> bool:
+    if key != BASES or theirs is None:
+        return theirs not in (None, ours)
+    # Of other sources than this basis has, there may be more or fewer; a change of weights is that of the adapter alone.
+    own = set(step.facts["sources"]) if step.facts["source"] != "delta" else set()
+    return any(theirs.get(source, base) != base for source, base in ours.items() if source in own)
 
 
 def _recorded_plan(out: Path) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli import writing
+from cora_cli.adapters.base import base_of
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, is_target
 from cora_cli.data.chat import CLOCK
 from cora_cli.data.records import Record, Schema
@@ -43,8 +44,8 @@ class ModelFacts:
     `shapes` maps the full name of every two-dimensional weight to (out, in); `parameters` counts all parameters and `embedded`
     those of the input embedding; `heads` is the number of attention heads, if stated. `dated` says whether its chat template writes the date
     into prompts, `tokenizer_sha256` is the hash of what decides how text becomes tokens, `ends` are the tokens
-    that end an answer by generation_config.json, `has_own_code` says whether it has classes of its own. For an adapter `shapes` is empty and both
-    counts are 0. `sha256` is None if it was not requested.
+    that end an answer by generation_config.json, `has_own_code` says whether it has classes of its own. For an adapter `shapes` is empty, both
+    counts are 0, and `base_sha256` is the hash of its base model, if that is found. Hashes are None if they were not requested.
     """
 
     reference: str
@@ -57,6 +58,7 @@ class ModelFacts:
     tokenizer_sha256: str | None = None
     ends: tuple[int, ...] = ()
     has_own_code: bool = False
+    base_sha256: str | None = None
     _found: dict[tuple[str, ...], dict[str, tuple[int, int]]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -210,7 +212,10 @@ def find_inputs(grid: Grid, memory: Path | None, trust_remote_code: bool = False
 def _model_facts(model: ModelPath, digests: "_Digests | None", trust_remote_code: bool) -> ModelFacts:
     sha256 = digests.of(model) if digests else None
     if model.is_adapter:
-        return ModelFacts(model.reference, sha256, {}, 0, 0)
+        base_sha256 = None
+        with contextlib.suppress(CoraError):  # a basis of its change alone needs no base
+            base_sha256 = digests.of(base_of(model)) if digests else None
+        return ModelFacts(model.reference, sha256, {}, 0, 0, base_sha256=base_sha256)
     checkpoint = Checkpoint(model)
     sizes = {name: math.prod(shape) for name, shape in checkpoint.shapes.items()}
     matrices = loaded_matrices(model, checkpoint).shapes

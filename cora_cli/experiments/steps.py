@@ -40,6 +40,7 @@ COMMANDS: dict[Kind, str] = {
 PLAN_FORMAT = 1
 FOLDERS = ("runs", "models", "bases", "proposals", "evaluations", "judgings", "records", "steps", "logs", "slurm")
 """The folders in the output directory of a grid."""
+BASES = "bases_of_adapters"
 SCORING = frozenset(
     {"metrics", "metric_variant", "bertscore_model", "bertscore_sha256", "bertscore_layer", "bootstrap", "seed"}
 )
@@ -94,7 +95,8 @@ class Plan:
 
     `records` maps files to write before anything runs, relative to `out`, to the held-out records for the base model. `date` is what a chat
     template that writes the date takes for it in every step, `tokenizer` the hash of the base model's tokenizer, None where it is not known, and `ends`
-    the tokens that end an answer by that model's generation_config.json.
+    the tokens that end an answer by that model's generation_config.json. `bases` has the hashes of the bases of the adapters among the source models,
+    by the adapters' hashes.
     """
 
     grid: Grid
@@ -105,11 +107,12 @@ class Plan:
     date: str
     tokenizer: str | None
     ends: tuple[int, ...] = ()
+    bases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def texts(self) -> dict[str, Any]:
-        """What decides how text becomes tokens and where an answer ends, as far as it is known: no part of a step's key, and one for all steps."""
-        known = {"tokenizer_sha256": self.tokenizer, "end_tokens": list(self.ends)}
+        """What decides how text becomes tokens and where an answer ends, and the bases of adapters, as far as it is known: no part of a step's key."""
+        known = {"tokenizer_sha256": self.tokenizer, "end_tokens": list(self.ends), BASES: dict(self.bases)}
         return {name: value for name, value in known.items() if value}
 
     def of_kind(self, row: str, kind: Kind) -> Step | None:
@@ -179,7 +182,9 @@ class _Planner:
                 self._judge(dataset, self._grid.judge, [row for row in self._grid.rows if row.dataset == dataset], steps_of)
         model = self._inputs.models.get(self._grid.model)
         tokenizer, ends = (model.tokenizer_sha256, model.ends) if model else (None, ())
-        return Plan(self._grid, self._out, self._steps, steps_of, self._records, self._date, tokenizer, ends)
+        facts = self._inputs.models.values()
+        bases = {one.sha256: one.base_sha256 for one in facts if one.sha256 and one.base_sha256}
+        return Plan(self._grid, self._out, self._steps, steps_of, self._records, self._date, tokenizer, ends, bases)
 
     def _add(self, step: Step) -> Step:
         planned = self._steps.setdefault(step.name, step)

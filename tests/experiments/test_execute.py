@@ -530,3 +530,19 @@ def test_a_grid_file_in_the_output_directory_is_not_replaced_by_the_resolved_gri
     (plan.out / "plan.json").unlink()
     with pytest.raises(CoraError, match=r"grid.yaml would be replaced by the resolved grid.*--output-dir, or rename the file"):
         refuse_other_grid(plan.out)
+
+
+def test_a_basis_of_adapters_is_not_used_after_their_base_has_changed(plan: Plan) -> None:
+    basis = next(step for step in plan.steps.values() if step.kind == "basis")
+    adapter = basis.facts["sources"][0]
+    first, other = (dataclasses.replace(plan, bases={adapter: digest}) for digest in ("one", "other"))
+    write_plan(first)
+    carry_out(first)
+    for same in (first, dataclasses.replace(plan, bases={"of another row": "other"})):
+        refuse_conflicts(same, set(plan.steps), overwrite=False)
+    said = rf"the base model of an adapter among the source models has changed since {basis.output} was finished"
+    with pytest.raises(CoraError, match=said):
+        refuse_conflicts(other, set(plan.steps), overwrite=True)
+    _forget_texts(plan)
+    write_plan(plan)  # as an earlier version does
+    refuse_conflicts(other, set(plan.steps), overwrite=False)

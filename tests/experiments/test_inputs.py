@@ -19,6 +19,7 @@ from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import find_inputs, require_on_hub
 from cora_cli.experiments.steps import Step, StepFlags, make_plan, of_answers
 from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import resolve_model
 from tests.conftest import VOCABULARY
 from tests.experiments.helpers import grid_of
 
@@ -146,14 +147,22 @@ def test_answers_that_only_call_tools_are_measured_like_others(tiny_model: Path,
 
 def test_weights_are_hashed_again_where_any_hashed_file_has_changed(tiny_model: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
-    model = LlamaForCausalLM.from_pretrained(tiny_model)
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    model = LlamaForCausalLM.from_pretrained(base)
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
     grid = grid_of(
         {"mode": "fb", "sources": ["a"]}, model=str(tiny_model), models={"a": str(adapter)}, datasets={"d": "x.jsonl"}
     )
     first = find_inputs(grid, tmp_path / "hashes.json").models[str(adapter)]
     (adapter / rundir.POSTERIOR).write_bytes(b"a distribution")
-    assert find_inputs(grid, tmp_path / "hashes.json").models[str(adapter)].sha256 != first.sha256
+    second = find_inputs(grid, tmp_path / "hashes.json").models[str(adapter)]
+    assert second.sha256 != first.sha256
+    assert second.base_sha256 == first.base_sha256 == resolve_model(str(base)).content_hash()
+    (base / "config.json").write_text((base / "config.json").read_text() + " ")
+    inputs = find_inputs(grid, tmp_path / "hashes.json")
+    assert inputs.models[str(adapter)].base_sha256 not in (first.base_sha256, None)
+    plan = make_plan(grid, tmp_path / "out", inputs, StepFlags("cpu", "fp32"))
+    assert plan.bases == {second.sha256: inputs.models[str(adapter)].base_sha256}
 
 
 def test_for_a_plan_a_configuration_and_a_tokenizer_say_what_the_weights_would(
