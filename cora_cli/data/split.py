@@ -92,7 +92,7 @@ def load_records(dataset: str, choice: Choice = ALL, usual: str = "train") -> tu
     if not own and (filled := sum(map(holds_nulls, records))):
         note(
             f"{dataset}: {_have(filled)} nulls inside tools or calls of tools, which the chat template writes as they are; JSON written "
-            "from a table, as by datasets.to_json, has them where other records have values, and the Parquet file or folder is read without them"
+            "from a table, as by datasets.to_json, has them where other records have values: leave such ones out"
         )
     if not own and (missing := sum(map(holds_missing, records))):
         note(

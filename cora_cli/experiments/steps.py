@@ -42,7 +42,10 @@ FOLDERS = ("runs", "models", "bases", "proposals", "evaluations", "judgings", "r
 """The folders in the output directory of a grid."""
 BASES = "bases_of_adapters"
 SCORING = frozenset(
-    {"metrics", "metric_variant", "bertscore_model", "bertscore_sha256", "bertscore_layer", "bootstrap", "seed"}
+    {
+        *("metrics", "metric_variant", "bertscore_model", "bertscore_sha256", "bertscore_layer", "bleu_tokenize"),
+        *("readability", "bootstrap", "seed", "execute_code", "same_process"),
+    }
 )
 """Settings of an evaluation that do not affect predictions (`seed` only without a temperature): after a change, only the metrics are computed
 again."""

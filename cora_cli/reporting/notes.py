@@ -198,6 +198,9 @@ def _answer_notes(group: Group) -> list[str]:
     if others:
         lost = ", and the held-out loss of those that the runs held out" if LOSS in group.measures else ""
         notes.append(f"The scores are of the records of {', '.join(others)}{lost}.")
+    otherwise = [f"{result.row.name} ({', '.join(asked)})" for result in results if (asked := result.asked_otherwise)]
+    if otherwise:
+        notes.append(f"Asked otherwise than the training, and than the held-out loss, was: {clean('; '.join(otherwise))}.")
     differing = [f"{name} ({', '.join(values)})" for name, values in _unlike_answers(results).items()]
     prompts = {known for result in results if (known := result.generation.get("prompts_sha256"))}
     if len(prompts) > 1 and not any(name.startswith("template") for name in differing):

@@ -38,6 +38,17 @@ class Result:
         return known and not settings.get("load_in_4bit")
 
     @property
+    def asked_otherwise(self) -> list[str]:
+        """The template, and the date in it, of the answers where the training had another, with both; the held-out loss is of other prompts then."""
+        trained, asked = self.record.get("data", {}), {**self.generation.get("settings", {}), **self.generation}
+        pairs = {name: (asked.get(name), trained.get(name)) for name in ("template", "template_date")}
+        return [
+            f"{name} {one}, trained with {other}"
+            for name, (one, other) in pairs.items()
+            if one not in (None, "auto", other) and other
+        ]
+
+    @property
     def held_out_tokens(self) -> int:
         """The tokens of the held-out records, of which a maximum length leaves out some."""
         return int(self.record["data"]["test"]["tokens"]) if self.record else 0

@@ -136,9 +136,9 @@ def _compared(
 
 
 def _is_loss_again(method: MethodResults) -> bool:
-    """Whether the NLL was measured on the records of the held-out loss, whose tests it would repeat."""
+    """Whether the NLL was measured on the prompts of the held-out loss, whose tests it would repeat."""
     pairs = [(result.measures.get(LOSS), result.measures.get("nll")) for result in method.results]
-    return all(
+    return not any(result.asked_otherwise for result in method.results) and all(
         loss is not None
         and nll is not None
         and np.array_equal(loss.statistics[:, 1], nll.statistics[:, 0])  # their numbers of tokens

@@ -33,12 +33,13 @@ def test_rows_of_other_settings_and_of_trained_prompts_are_named_under_the_table
     assert "The scores are of" not in text
     metrics = next(path for path in sorted(grid.rglob("metrics.json")) if "lora" in str(path))
     record = read_json(metrics)
-    settings = {**record["generation"]["settings"], "max_new_tokens": 64}
+    settings = {**record["generation"]["settings"], "max_new_tokens": 64, "template": "plain"}
     generation = {"settings": settings, "prompts_trained_on": 2, "dataset": "/data/other.jsonl"}
     writing.write_json(metrics, {**record, "generation": generation})
     text = " ".join(report([str(grid)]).split())
     assert "The scores are of the records of /data/other.jsonl, and the held-out loss of those that the runs held out." in text
     assert "2 of its prompts were trained on" in text
+    assert re.search(r"Asked otherwise than the training, .* was: \S*lora\S* \(template plain, trained with alpaca\)\.", text)
     assert "different settings, from which differences between rows may come: max_new_tokens (16, 64)" in text
     for path in grid.rglob("run.json"):
         writing.write_json(path, {**read_json(path), "heldout": None})

@@ -439,6 +439,17 @@ def test_the_nll_of_the_records_of_the_held_out_loss_is_no_second_measure_of_it(
     assert f"over the {3 * len(measures)} tests of this verdict" in verdict.rule
 
 
+def test_the_nll_of_other_prompts_than_those_of_the_held_out_loss_is_tested():
+    made = with_nll([*runs("fb", FB, 0.5), *random(0.6), *lora(0.62)])
+    asked = [dataclasses.replace(one, generation={**one.generation, "template": "plain"}) for one in made]
+    trained = [{**one.record, "data": {**one.record.get("data", {}), "template": "alpaca"}} for one in asked]
+    asked = [dataclasses.replace(one, record=record) for one, record in zip(asked, trained, strict=True)]
+    swept = group_methods(asked)
+    chosen = [method for method in swept if method.first.row.learning_rate == 1e-3]
+    verdict = judge(chosen, [LOSS, "nll"], rates_of(swept))
+    assert {test.measure for comparison in verdict.comparisons for test in comparison.tests} == {LOSS, "nll"}
+
+
 def test_the_nll_is_tested_where_no_loss_is_reported():
     swept = group_methods(with_nll([*runs("fb", FB, 0.5), *random(0.6)]))
     chosen = [method for method in swept if method.first.row.learning_rate == 1e-3]
