@@ -4,6 +4,8 @@ import datetime
 import decimal
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from cora_cli.data.records import prompt_key, turns
@@ -435,3 +437,12 @@ def test_an_entry_of_a_message_that_json_cannot_hold_is_named(tmp_path):
     messages = [{**message, "image": b"\xff\xd8"} for message in SAID]
     with pytest.raises(CoraError, match=r"and image of message 1 is nothing that JSON can hold: .*; leave it out"):
         load_records(str(write(tmp_path / "a.parquet", [{"messages": messages}])))
+
+
+def test_a_uuid_within_a_message_is_text(tmp_path):
+    own = pyarrow.ExtensionArray.from_storage(pyarrow.uuid(), pyarrow.array([bytes(range(16))] * 2, pyarrow.binary(16)))
+    texts = [pyarrow.array([message[name] for message in SAID]) for name in ("role", "content")]
+    messages = pyarrow.ListArray.from_arrays([0, 2], pyarrow.StructArray.from_arrays([*texts, own], ["role", "content", "id"]))
+    pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), tmp_path / "a.parquet")
+    [read] = load_records(str(tmp_path / "a.parquet"))[0]
+    assert {message["id"] for message in read["messages"]} == {"00010203-0405-0607-0809-0a0b0c0d0e0f"}
