@@ -41,6 +41,7 @@ PLAN_FORMAT = 1
 FOLDERS = ("runs", "models", "bases", "proposals", "evaluations", "judgings", "records", "steps", "logs", "slurm")
 """The folders in the output directory of a grid."""
 BASES = "bases_of_adapters"
+"""The name of `Plan.bases` in the records."""
 SCORING = frozenset(
     {
         *("metrics", "metric_variant", "bertscore_model", "bertscore_sha256", "bertscore_layer", "bleu_tokenize"),
@@ -416,14 +417,19 @@ class _Planner:
         )
         answers = {name: hashing.sha256_json(of_answers(step.facts)) for name, step in evaluations.items()}
         rubrics = [load_rubric(rubric).sha256 for rubric in config.rubric]
-        facts = {**settings, "rubrics": rubrics, "answers": answers}
-        if judge := settings.get("judge_model"):
-            known = self._inputs.models.get(judge)
-            texts = {"judge_tokenizer_sha256": known.tokenizer_sha256, "judge_end_tokens": list(known.ends)} if known else {}
-            own_code = known is not None and known.has_own_code and self._flags.trust_remote_code
-            facts |= {"judge_sha256": self._model_hash(judge), **texts, **({"trust_remote_code": True} if own_code else {})}
+        facts = {**settings, "rubrics": rubrics, "answers": answers, **self._judge_facts(settings)}
         argv = words("judge", config)
         self._add(Step(f"judge-{dataset}", "judge", output, facts, tuple(evaluations), argv))
+
+    def _judge_facts(self, settings: Values) -> dict[str, Any]:
+        """What a judge on this machine is; empty for one at an endpoint."""
+        if (judge := settings.get("judge_model")) is None:
+            return {}
+        found, known = {"judge_sha256": self._model_hash(judge)}, self._inputs.models.get(judge)
+        if known is None:
+            return found
+        own_code = {"trust_remote_code": True} if known.has_own_code and self._flags.trust_remote_code else {}
+        return {**found, "judge_tokenizer_sha256": known.tokenizer_sha256, "judge_end_tokens": list(known.ends), **own_code}
 
 
 def _key_of_data(config: TrainConfig, settings: Values) -> str:

@@ -21,6 +21,11 @@ UNUSED = VOCABULARY - 1
 """A token that the tiny models do not choose."""
 CLEAR = 1e-3
 """A lead of the best logit over the second that no order of summation in float32 takes away."""
+UNRELATED = (
+    *("quark", "aorta", "ledger", "fjord", "banjo", "enzyme"),
+    *("treaty", "gazebo", "lichen", "turbine", "sonnet", "mortgage"),
+)
+"""Words that an encoder of BERTScore places far apart."""
 PREDICTIONS = ["The cat sat on the mat.", "def f(x):\n    return x + 1", "42", "", "Paris is the capital of France", "banana"]
 REFERENCES = [
     "A cat is sitting on a mat.",

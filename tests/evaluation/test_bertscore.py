@@ -12,7 +12,7 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import comparable_signature
 from cora_cli.evaluation.metrics.bertscore import BertScore, recommended_layer
 
-from .helpers import PREDICTIONS, REFERENCES
+from .helpers import PREDICTIONS, REFERENCES, UNRELATED
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +55,7 @@ def test_bertscore_equals_bert_score_one_pair_at_a_time(bertscore):
 def test_bertscore_does_not_depend_on_the_batch(bertscore):
     # Unrelated words have negative similarities, which are below the similarity 0 of padding.
     generator = random.Random(0)
-    words = [
-        "quark",
-        "aorta",
-        "ledger",
-        "fjord",
-        "banjo",
-        "enzyme",
-        "treaty",
-        "gazebo",
-        "lichen",
-        "turbine",
-        "sonnet",
-        "mortgage",
-    ]
-    pairs = [[" ".join(generator.choices(words, k=generator.randint(1, 4))) for _ in range(2)] for _ in range(20)]
+    pairs = [[" ".join(generator.choices(UNRELATED, k=generator.randint(1, 4))) for _ in range(2)] for _ in range(20)]
     pairs.append(["word " * 60, "y " * 80])
     predictions, references = map(list, zip(*pairs, strict=True))
     together = bertscore.statistics(predictions, references)[:, 0]

@@ -28,6 +28,7 @@ from cora_cli.evaluation.metrics import GROUPS, build_metrics, score_all
 from cora_cli.evaluation.metrics import TEXT_NAMES as NAMES
 from cora_cli.evaluation.metrics.huggingface import Meteor as HubMeteor
 from cora_cli.experiments.steps import SCORING
+from tests.evaluation.helpers import UNRELATED
 
 """The metrics that compare texts."""
 PREDICTIONS = [
@@ -131,21 +132,7 @@ def test_sacrebleu_is_that_of_evaluate() -> None:
 def test_bertscore_is_that_of_evaluate_with_its_batches_of_64_padded() -> None:
     # Unrelated words have negative similarities; bert-score gives padding 0, which is more.
     generator = random.Random(0)
-    words = [
-        "quark",
-        "aorta",
-        "ledger",
-        "fjord",
-        "banjo",
-        "enzyme",
-        "treaty",
-        "gazebo",
-        "lichen",
-        "turbine",
-        "sonnet",
-        "mortgage",
-    ]
-    pairs = [[" ".join(generator.choices(words, k=generator.randint(1, 4))) for _ in range(2)] for _ in range(70)]
+    pairs = [[" ".join(generator.choices(UNRELATED, k=generator.randint(1, 4))) for _ in range(2)] for _ in range(70)]
     pairs[3][1] = "a longer text than all others of its batch " * 3
     predictions, references = map(list, zip(*pairs, strict=True))
     scorer = BERTScorer(model_type=str(embedded.encoder_directory()), num_layers=6, batch_size=64, idf=False, device="cpu")
