@@ -19,6 +19,9 @@ from cora_cli.training.notices import models_behind, notices_on_records
 from cora_cli.training.prepare import Prepared
 from cora_cli.training.record import FAILED, INTERRUPTED
 
+_FREE = frozenset({"peft_config", "gradient_checkpointing"})
+"""Recorded settings that a resumption may change: the content behind the first is compared, and the second changes memory and time alone."""
+
 
 def open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool, processes: int) -> bool:
     """Whether the directory holds a run with this configuration to continue. Raises `CoraError` for another run or other files.
@@ -40,8 +43,8 @@ def open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool,
     recorded = record["fingerprint"]
     # Earlier versions recorded neither.
     recorded.setdefault("tokenizer_sha256", fingerprint["tokenizer_sha256"])
-    if "peft_config" in recorded["settings"]:  # its content is compared; earlier versions recorded the path as it was typed
-        recorded["settings"]["peft_config"] = fingerprint["settings"].get("peft_config")
+    for name in _FREE & recorded["settings"].keys():
+        recorded["settings"][name] = fingerprint["settings"].get(name)
     if "template_date" in fingerprint["settings"]:
         recorded["settings"].setdefault("template_date", template_date(record))
     recorded["processes"] = record["hardware"].get("processes", 1)

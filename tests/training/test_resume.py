@@ -22,7 +22,7 @@ from cora_cli.training.run import train
 from tests.methods.helpers import older_factors
 
 from .families import COMMON, EXPERTS
-from .helpers import KILLED, RunProcess, assert_b_is_basis, checkpoint_names, config_for, log_lines, record_of
+from .helpers import KILLED, RunProcess, assert_b_is_basis, checkpoint_names, config_for, log_lines, losses, record_of
 
 STEPS = 14
 # 38 training records in optimizer batches of 2 x 2: ten steps an epoch, of which the last has half a batch; dropout uses up
@@ -230,6 +230,19 @@ def test_resuming_with_other_settings_is_refused_by_name(
     with pytest.raises(CoraError, match=f"cannot be resumed with other inputs than it was started with: {named}"):
         train(replace(config, resume=True, **changes))
     assert record_of(output)["status"] == "finished"
+
+
+def test_a_run_that_lacks_memory_goes_on_with_gradient_checkpointing(
+    uninterrupted: tuple[TrainConfig, Path], tmp_path: Path
+) -> None:
+    config, expected = uninterrupted
+    output = Path(shutil.copytree(expected, tmp_path / "run"))
+    for name in ("adapter", f"checkpoints/checkpoint-{STEPS}"):
+        shutil.rmtree(output / name)
+    (output / "run.json").write_text(json.dumps({**record_of(output), "status": "running"}))
+    record = train(replace(config, output_dir=str(output), resume=True, gradient_checkpointing=True))
+    assert record["fingerprint"]["settings"]["gradient_checkpointing"]
+    assert losses(output) == pytest.approx(losses(expected), rel=1e-5)
 
 
 def test_resuming_with_another_number_of_processes_is_refused_since_each_adds_its_own_batch(
