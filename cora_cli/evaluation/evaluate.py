@@ -371,6 +371,7 @@ def _answer(
             "name": target.name,
             "settings": settings,
             "template": template.name,
+            **({"text_sha256": text} if (text := target.text_hash()) else {}),
             "prompts_cut": cut,
             "end_tokens": list(backend.ends),
             **({"dataset": other, **_chosen(config)} if (other := target.other_dataset(records)) else {}),

@@ -84,6 +84,11 @@ class Target:
             return found
         return hashing.sha256_json([found, hashing.sha256_file(self.adapter.chat_template)])
 
+    def text_hash(self) -> str | None:
+        """As `tokenizer_hash`, but as a training records it; None where the adapter has a tokenizer or a chat template of its own."""
+        own = self.adapter is not None and (self.adapter.has_tokenizer or self.adapter.chat_template.is_file())
+        return None if own else self.base.text_hash()
+
     def base_ends_hash(self) -> str | None:
         """SHA-256 of the base's generation_config.json, which says what ends an answer; None where there is none, or `tokenizer_hash` is over it."""
         ends = self.base.path / "generation_config.json"

@@ -22,6 +22,7 @@ from cora_cli.publishing.verify import check_run
 from cora_cli.reading import read_json, read_text
 from cora_cli.records import Metrics, Report, read_run, read_sealed
 from cora_cli.reporting.collect import is_of_other_weights
+from cora_cli.reporting.results import asked_otherwise
 from cora_cli.rundir import RunDirectory, evaluations_in
 
 Files = dict[str, Path | bytes]
@@ -104,8 +105,8 @@ def _conditions(folder: str, generation: Mapping[str, Any], run: RunDirectory, r
         found.append(f"{folder}: its answers were {decoding}; of several, text metrics score the first.")
     if (lost := generation.get("rounded_away")) is not None:
         found.append(f"{folder}: its answers are of merged weights, where rounding lost {lost:.0%} of the adapter's change.")
-    if (template := generation.get("template")) not in (None, trained := record["data"]["template"]):
-        found.append(f"{folder}: its prompts have the template {template}, those of the training {trained}.")
+    if asked := asked_otherwise(record, generation):
+        found.append(f"{folder}: its prompts are not those of the training ({'; '.join(asked)}).")
     if record["heldout"] and (dtype := settings.get("dtype")) not in (None, measured := record["hardware"]["dtype"]):
         found.append(f"{folder}: its answers were computed in {dtype}, the losses above in {measured}.")
     return found

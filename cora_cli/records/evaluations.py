@@ -15,14 +15,15 @@ _TOKENS = "reference_tokens"
 
 
 class Generation(TypedDict):
-    """`generation.json`; `template` is the one that `auto` in the settings became, `dataset` has the records where no run held them out,
-    `rounded_away` is the share (0-1) of an adapter's change that merging it lost, if much."""
+    """`generation.json`; `template` is the one that `auto` in the settings became, `text_sha256` is of the base's tokenizer, `dataset`
+    has the records where no run held them out, `rounded_away` is the share (0-1) of an adapter's change that merging it lost, if much."""
 
     name: str
     sha256: NotRequired[str]
     settings: dict[str, Any]
     predictions_sha256: NotRequired[str]
     template: NotRequired[str]
+    text_sha256: NotRequired[str]
     prompts_cut: NotRequired[int]
     end_tokens: NotRequired[list[int]]
     dataset: NotRequired[str]
@@ -42,6 +43,7 @@ class UsedGeneration(TypedDict):
 
     settings: NotRequired[dict[str, Any]]
     template: NotRequired[str]
+    text_sha256: NotRequired[str]
     prompts_cut: NotRequired[int]
     end_tokens: NotRequired[list[int]]
     dataset: NotRequired[str]

@@ -308,8 +308,9 @@ def _have_equal_weights(evaluated: Result, trained: Result) -> bool:
 
 
 def _have_equal_templates(evaluated: Result, trained: Result) -> bool:
-    """Whether the prompts of an evaluation and of a run's held-out loss have one template, as far as both are recorded."""
+    """Whether the prompts of an evaluation and of a run's held-out loss have one template and tokenizer, as far as both are recorded."""
     data = trained.record.get("data", {})
     dates = evaluated.generation.get("settings", {}).get("template_date"), data.get("template_date")
     names = evaluated.generation.get("template"), data.get("template")
-    return all(None in pair or pair[0] == pair[1] for pair in (names, dates))
+    texts = evaluated.generation.get("text_sha256"), trained.record.get("fingerprint", {}).get("tokenizer_sha256")
+    return all(None in pair or pair[0] == pair[1] for pair in (names, dates, texts))

@@ -1,13 +1,29 @@
 """What a report has read: results, what is missing, and judgings."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cora_cli.methods.registry import METHODS
+from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.reporting.measures import Measure
 from cora_cli.reporting.report_rows import Experiment, Row
 from cora_cli.rundir import JudgeDirectory
+
+
+def asked_otherwise(record: Mapping[str, Any], generation: Mapping[str, Any]) -> list[str]:
+    """In what the prompts of an evaluation differ from those of the training with this `run.json`, and so from those of its held-out loss."""
+    trained, asked = record.get("data", {}), {**generation.get("settings", {}), **generation}
+    pairs = {name: (asked.get(name), trained.get(name)) for name in ("template", "template_date")}
+    found = [
+        f"{name.replace('_', ' ')} {one}, trained with {other}"
+        for name, (one, other) in pairs.items()
+        if one not in (None, "auto", other) and other
+    ]
+    # The result of a complete training has a tokenizer of its own.
+    now, then = asked.get("text_sha256"), record.get("fingerprint", {}).get("tokenizer_sha256")
+    if now and then not in (None, now) and method_of(record["mode"]).is_adapter:
+        found.append("a tokenizer or chat template that was changed since")
+    return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,14 +55,8 @@ class Result:
 
     @property
     def asked_otherwise(self) -> list[str]:
-        """The template, and the date in it, of the answers where the training had another, with both; the held-out loss is of other prompts then."""
-        trained, asked = self.record.get("data", {}), {**self.generation.get("settings", {}), **self.generation}
-        pairs = {name: (asked.get(name), trained.get(name)) for name in ("template", "template_date")}
-        return [
-            f"{name} {one}, trained with {other}"
-            for name, (one, other) in pairs.items()
-            if one not in (None, "auto", other) and other
-        ]
+        """As `asked_otherwise` of its run."""
+        return asked_otherwise(self.record, self.generation)
 
     @property
     def held_out_tokens(self) -> int:

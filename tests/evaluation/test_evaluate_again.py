@@ -19,6 +19,7 @@ from cora_cli.evaluation.targets import find_targets
 from cora_cli.models.references import resolve_model
 from cora_cli.publishing.verify import verify
 from cora_cli.reading import read_json, read_jsonl
+from cora_cli.reporting.report import report
 from cora_cli.rundir import EvaluationDirectory
 
 from .helpers import FAST, SCORING, answers, evaluate_model, evaluate_run, make_run, unsealed
@@ -327,12 +328,14 @@ def test_a_chat_template_that_changed_after_the_training_is_said(
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     run = make_run(model, tiny_data, tmp_path / "run", mode="lora", rank=8)
     said = f"the tokenizer of {model}, or its chat template, is not the one that {{}} was trained with"
-    find_targets(EvaluateConfig(runs=(str(run),)))
+    evaluate_run(run, **SCORING)
     assert said.format(run) not in capsys.readouterr().err
+    assert "Asked otherwise" not in report([str(run)])
     template = model / "chat_template.jinja"
     template.write_text("Answer. " + template.read_text())
-    find_targets(EvaluateConfig(runs=(str(run),)))
+    evaluate_run(run, overwrite=True, **SCORING)
     assert said.format(run) in capsys.readouterr().err
+    assert f"{run.name} (a tokenizer or chat template that was changed since)" in " ".join(report([str(run)]).split())
     adapter = str(run / "adapter")
     find_targets(EvaluateConfig(model=adapter, dataset=str(tiny_data), output_dir=str(tmp_path / "out")))
     assert said.format(adapter) in capsys.readouterr().err

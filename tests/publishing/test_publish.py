@@ -123,7 +123,7 @@ def test_the_card_says_of_which_model_and_answers_scores_are_that_are_not_those_
         "both: its scores are those of an ensemble of 2 models.",
         "elsewhere: its scores are those of other weights than these.",
         "sampled: its answers were sampled at temperature 0.5, 2 per record, seed 0; of several, text metrics score the first.",
-        f"sampled: its prompts have the template alpaca, those of the training {trained}.",
+        f"sampled: its prompts are not those of the training (template alpaca, trained with {trained}).",
         "copied: nothing records which model gave its answers.",
     ):
         assert f"\n\n{sentence}\n\n" in text
