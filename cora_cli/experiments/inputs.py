@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cora_cli import writing
+from cora_cli import hashing, writing
 from cora_cli.adapters.base import base_of
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, is_target
 from cora_cli.data.chat import CLOCK
@@ -94,8 +94,8 @@ class DataFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Models by reference, data sets by `data_key`, the error for each reference that could not be resolved, and the content hash of an encoder of
-    BERTScore that is a folder, where hashes were requested."""
+    """Models by reference, data sets by `data_key`, the error for each reference that could not be resolved, and the hash of the weights and the tokenizer
+    of an encoder of BERTScore that is a folder, where hashes were requested."""
 
     models: dict[str, ModelFacts]
     datasets: dict[str, DataFacts]
@@ -203,7 +203,8 @@ def find_inputs(grid: Grid, memory: Path | None, trust_remote_code: bool = False
     encoder, encoder_sha256 = (grid.evaluate or {}).get("bertscore_model"), None
     if digests and encoder and (place := Path(encoder).expanduser()).is_dir():
         try:
-            encoder_sha256 = digests.of(ModelPath(encoder, place, None))
+            model = ModelPath(encoder, place, None)
+            encoder_sha256 = hashing.sha256_json([digests.of(model), model.text_hash()])
         except CoraError as error:
             unresolved[encoder] = str(error)
     return Inputs(found_models, found_data, unresolved, encoder_sha256)
