@@ -1,8 +1,23 @@
 """What the tests of grids share."""
 
+from pathlib import Path
+
 import pytest
 
 from cora_cli.device import select_hardware
+from cora_cli.experiments.steps import Plan
+from tests.experiments.helpers import ROWS, grid_of, plan_of
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid whose steps only pretend to run waits for none."""
+    monkeypatch.setattr("cora_cli.experiments.execute._POLL_SECONDS", 0)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return plan_of(grid_of(*ROWS), tmp_path / "out")
 
 
 @pytest.fixture(autouse=True)

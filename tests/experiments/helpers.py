@@ -21,6 +21,9 @@ BASE: dict[str, Any] = {
     "datasets": {"data": "records"},
     "defaults": {"train": {"max_steps": 4, "rank": 4}, "evaluate": {"limit": 3, "metrics": ["rouge"]}},
 }
+ROWS = ({"mode": "base"}, {"mode": ["fb", "lora"]})
+FB, LORA = "cora-fb_r4_n3_lr3e-4_seed0", "lora_r4_lr3e-4_seed0"
+"""The names of the runs of `ROWS`."""
 SHAPES = {f"model.layers.{n}.self_attn.{kind}_proj": (32 if kind != "q" else 64, 64) for n in range(2) for kind in "qkv"}
 
 TRAIN = {"max_steps": 8, "rank": 4, "validation_size": 6}
@@ -170,3 +173,15 @@ def run_staged(
     request = Request(Path("tiny.yaml"), device="cpu", dtype="fp32", overwrite=overwrite)
     with own_directory(out) as held:
         return run_stages(request, grid, out, inputs_of(), launcher, held, lambda place, measures: asked())
+
+
+def carry_out(plan: Plan, launcher: PretendLauncher | None = None, rows: list[str] | None = None) -> tuple[Outcome, list[str]]:
+    """The outcome, and the names of the steps that were started."""
+    launcher = launcher or PretendLauncher()
+    outcome = run_plan(plan, launcher, rows or ())
+    return outcome, [described(plan, argv) for argv in launcher.submitted]
+
+
+def described(plan: Plan, argv: Sequence[str]) -> str:
+    step = next(step for step in plan.steps.values() if step.argv == tuple(argv))
+    return step.name if step.kind in ("train", "evaluate") and "base" not in step.name else step.name.rpartition("-")[0]
