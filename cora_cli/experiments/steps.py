@@ -381,13 +381,16 @@ class _Planner:
             facts["dtype"] = self._flags.dtype
         if self._taken["trust_remote_code"]:
             facts["trust_remote_code"] = True
+        if self._writes_date(data, common["template"]):
+            # Unlike the grid's own date, that of the file may change.
+            if date := self._grid.train.get("template_date"):
+                facts.setdefault("template_date", date)
+            common.setdefault("template_date", date or self._date)
         step = self._keyed("evaluate-base", "evaluate", of_answers(facts), ())
         records, output = f"records/{row.dataset}.jsonl", f"evaluations/{step.key[:12]}"
         if data in self._inputs.datasets:
             self._records[records] = self._inputs.datasets[data].test
         place: Values = {"model": self._grid.model, "dataset": str(self._out / records), "output_dir": str(self._out / output)}
-        if self._writes_date(data, common["template"]):
-            common.setdefault("template_date", self._grid.train.get("template_date", self._date))
         argv = words("evaluate", EvaluateConfig(**place, **common))
         return self._add(dataclasses.replace(step, output=output, argv=argv, facts=facts))
 

@@ -93,13 +93,15 @@ def _begin(run: Path, date: str) -> None:
 
 
 def test_a_date_in_the_grid_file_holds_for_the_base_model_too(day: list[str], tmp_path: Path) -> None:
-    grid = grid_of(
-        *ROWS, defaults={"train": {"max_steps": 4, "rank": 4, "template_date": "2031-05-05"}, "evaluate": {"limit": 3}}
-    )
-    plan = dated_plan(grid, tmp_path)
-    base = next(step for step in plan.steps.values() if step.name.startswith("evaluate-base"))
-    lora = next(step for step in plan.steps.values() if step.name.startswith("train-lora"))
-    assert date_in(base.argv) == date_in(lora.argv) == "2031-05-05"
+    keys = set()
+    for date in ("2031-05-05", "2031-05-06"):
+        train = {"max_steps": 4, "rank": 4, "template_date": date}
+        plan = dated_plan(grid_of(*ROWS, defaults={"train": train, "evaluate": {"limit": 3}}), tmp_path)
+        base = next(step for step in plan.steps.values() if step.name.startswith("evaluate-base"))
+        lora = next(step for step in plan.steps.values() if step.name.startswith("train-lora"))
+        assert date_in(base.argv) == date_in(lora.argv) == date
+        keys.add(base.key)
+    assert len(keys) == 2, "another date is asked for in other prompts"
 
 
 def test_a_template_without_a_date_gets_none(day: list[str], tmp_path: Path) -> None:
