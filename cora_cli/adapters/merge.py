@@ -1,5 +1,6 @@
 """Merges an adapter into its base and writes the result as a plain model."""
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -185,14 +186,16 @@ def _check_written(directory: Path, adapter: ModelPath, trust_remote_code: bool)
 
 
 def _ends(adapter: ModelPath, tokenizer: Any) -> set[int]:
-    """The tokens by which the adapter's training ended answers; none where that is not known."""
+    """The tokens by which the adapter's training ended answers, as far as that is known; of another program's, those of its chat template, if any."""
     known = trained_on(adapter)
-    if (
-        known is None
-        or known.template is None
-        or tokenizer is None
-        or (known.template == "chat" and not tokenizer.chat_template)
-    ):
+    if tokenizer is None:
+        return set()
+    if known is None:
+        template = Template("chat" if tokenizer.chat_template else "plain", "prompt", tokenizer)
+        with contextlib.suppress(CoraError):  # one that cannot be rendered may not be the training's
+            return template.ends
+        return set()
+    if known.template is None or (known.template == "chat" and not tokenizer.chat_template):
         return set()
     return Template(cast("TemplateName", known.template), "prompt", tokenizer, known.date).ends
 

@@ -181,8 +181,8 @@ def _evaluate_target(
         "model": target.base.reference,
         "model_sha256": base_sha256,
         "tokenizer_sha256": target.tokenizer_hash(),
-        # Its settings end answers, too, and are no part of a tokenizer that lies with an adapter.
-        **({BASE_ENDS: base_ends} if (base_ends := target.base_ends_hash()) else {}),
+        # The base's settings end answers, too, and are no part of a tokenizer that lies with an adapter; None is that there are none.
+        **({BASE_ENDS: target.base_ends_hash()} if target.tokenizer != target.base else {}),
         "adapter_sha256": target.adapter and target.adapter.content_hash(),
         **_ensemble_settings(target),
         "merged": config.merge and any(member.adapter and not member.draws for member in target.members),

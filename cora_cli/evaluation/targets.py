@@ -90,9 +90,9 @@ class Target:
         return None if own else self.base.text_hash()
 
     def base_ends_hash(self) -> str | None:
-        """SHA-256 of the base's generation_config.json, which says what ends an answer; None where there is none, or `tokenizer_hash` is over it."""
+        """SHA-256 of the base's generation_config.json, which says what ends an answer; None where there is none."""
         ends = self.base.path / "generation_config.json"
-        return hashing.sha256_file(ends) if self.tokenizer.path != self.base.path and ends.is_file() else None
+        return hashing.sha256_file(ends) if ends.is_file() else None
 
 
 def find_targets(config: EvaluateConfig) -> list[Target]:

@@ -36,8 +36,6 @@ from cora_cli.training.checkpoints import checkpoints_in, step_of
 from cora_cli.training.proposal import rate_in
 
 STARTED, FINISHED, FAILED, STOPPED = "started", "finished", "failed", "stopped"
-_TOGETHER = "batch_size"
-"""The setting of an evaluation that its answers do not depend on: `cora evaluate` keeps them."""
 _RUN = ("run.json", "config.yaml", "log.jsonl", "test.jsonl", "heldout.jsonl", "adapter", "model")
 _RESULTS = ("adapter/", "model/", "test.jsonl", "predictions.jsonl", "judge.json")
 _OUTPUTS = {
@@ -202,10 +200,7 @@ class Ledger:
         if not record or record["key"] == step.key or record["status"] == FAILED or step.kind == "judge":
             return None  # no judgment is ever removed
         theirs, ours = record["facts"], step.facts
-        if step.kind == "evaluate":
-            names = [name for name in _differing(of_answers(theirs), of_answers(ours)) if name != _TOGETHER]
-        else:
-            names = _differing(theirs, ours)
+        names = _differing(of_answers(theirs), of_answers(ours)) if step.kind == "evaluate" else _differing(theirs, ours)
         # A run that conflicts is reported itself; its evaluation is outdated only because of it.
         return ", ".join(names) if names and names != ["run"] else None
 

@@ -53,8 +53,8 @@ _OTHER_FORMS = (
     "layer_replication",
     "kasa_config",
 )
-_NEVER_MERGED = ("use_qalora", "arrow_config", "alora_invocation_tokens")
-"""Those whose change depends on the input, or that PEFT cannot add to a weight."""
+_NEVER_MERGED = ("arrow_config", "alora_invocation_tokens")
+"""Those whose change depends on the input."""
 
 
 class AdapterFactors:

@@ -91,6 +91,19 @@ def test_fan_in_fan_out_of_an_adapter_follows_the_layer_and_not_the_configuratio
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("place", ["adapter", "base"])
+def test_an_adapter_of_another_program_ends_its_answers_as_its_chat_template_does(place, tiny_model, tmp_path):
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    foreign(base, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|stop|>{% endfor %}"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|stop|>"]})
+    tokenizer.save_pretrained(tmp_path / place)
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|stop|>")]
+
+
 def test_the_tokenizer_comes_along(adapters, tiny_model, tmp_path):
     merge_adapter(adapters["standard"][0], tmp_path / "merged")
     merged, base = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "merged", tiny_model))

@@ -248,16 +248,20 @@ def test_settings_of_the_model_for_its_answers_that_decoding_leaves_out_are_name
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("there", [True, False])
 def test_answers_are_not_those_of_other_ends_in_the_base_of_an_adapter_with_its_own_tokenizer(
-    tiny_model: Path, records: Path, tmp_path: Path
+    there: bool, tiny_model: Path, records: Path, tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     config = LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path=str(base))
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "adapter")
+    ends = base / "generation_config.json"
+    own = json.loads(ends.read_text())
+    if not there:
+        ends.unlink()
     evaluate_model(tmp_path / "adapter", records, tmp_path / "out", limit=2)
-    own = json.loads((base / "generation_config.json").read_text())
-    (base / "generation_config.json").write_text(json.dumps({**own, "eos_token_id": [2, 7]}))
+    ends.write_text(json.dumps({**own, "eos_token_id": [2, 7]}))
     with pytest.raises(CoraError, match=r"holds an evaluation with other settings \(base_generation_config_sha256\)"):
         evaluate_model(tmp_path / "adapter", records, tmp_path / "out", limit=2)
 
