@@ -58,8 +58,11 @@ class Checkpoint:
         for file in model.weight_files():
             for name, (shape, kind) in _list_tensors(file).items():
                 if name in self.files:
+                    if (shape, kind) == (self.shapes[name], self.types[name]) and self._holds_equal(name, file):
+                        continue
                     raise CoraError(
-                        f"tensor {name} is stored twice, in {self.files[name]} and in {file.name}; remove one of the files"
+                        f"tensor {name} is stored twice, in {self.files[name]} and otherwise in {file.name}; remove the file that is not the model's, or "
+                        "save the model again"
                     )
                 if wrapper := next((part for part in name.split(".") if part in _WRAPPERS), None):
                     raise CoraError(
@@ -69,6 +72,11 @@ class Checkpoint:
                 self.shapes[name], self.types[name], self.files[name] = shape, kind, file
         promised = {} if model.is_adapter else model.weight_index()
         self.missing = {name: file for name, file in promised.items() if name not in self.shapes}
+
+    def _holds_equal(self, name: str, file: Path) -> bool:
+        """Whether `file` has the same bytes of the tensor `name` as the file in which it was found."""
+        one, other = (self._read(place, [name])[name].reshape(-1).view(torch.uint8) for place in (self.files[name], file))
+        return torch.equal(one, other)
 
     def read(self, name: str) -> torch.Tensor:
         """A copy of tensor `name` in its stored type and shape."""

@@ -15,7 +15,7 @@ from cora_cli.lock import is_held
 from cora_cli.methods.registry import label_of
 from cora_cli.progress import say
 from cora_cli.reading import parse_json
-from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
+from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory, evaluations_in
 from cora_cli.writing import holds_files
 
 OPAQUE = frozenset({"checkpoints", "adapter", "model", "plots", "logs", "judge"})
@@ -42,8 +42,10 @@ def inventory(root: Path) -> list[Entry]:
         raise CoraError(f"{root} is {'a file' if root.exists() else 'not there'}; name a folder with runs")
     found = []
     for folder, files in sorted(folders_below(root)):
-        if RunDirectory(folder).exists():
-            found.append(_run(RunDirectory(folder)))
+        if (run := RunDirectory(folder)).exists():
+            found.append(_run(run))
+            if folder.is_symlink():  # nothing below it is searched
+                found += map(_evaluation, evaluations_in(run))
         if (evaluation := EvaluationDirectory(folder)).generation.is_file() or evaluation.metrics.is_file():
             found.append(_evaluation(evaluation))
         found += [basis for name in files if name.endswith(".safetensors") if (basis := _basis(folder / name))]

@@ -154,5 +154,8 @@ def test_runs_are_found_whatever_their_folder_is_called_and_through_links(folder
     monkeypatch.setattr(os, "scandir", refuse)
     found = {str(entry.path.relative_to(folder)) for entry in inventory(folder)}
     assert {"adapter", "linked"} <= found
+    assert [place for place in found if place.startswith("linked/")] == [
+        f"linked/{path.parent.name}" for path in run.glob("*/metrics.json")
+    ]
     assert {folder / "adapter", folder / "linked"} <= set(outputs_below(folder))
     assert f"{folder / 'closed'} is left out, since it cannot be read: Permission denied" in capsys.readouterr().err

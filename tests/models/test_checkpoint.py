@@ -206,12 +206,22 @@ def test_an_index_that_points_outside_its_directory_is_refused(layouts, tmp_path
         Checkpoint(local(directory))
 
 
-def test_a_tensor_stored_twice_is_refused_with_both_files(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    for name in ("a.safetensors", "b.safetensors"):
-        save_file({"x.weight": torch.ones(2, 2)}, tmp_path / name)
-    with pytest.raises(CoraError, match=r"a\.safetensors.*b\.safetensors"):
-        Checkpoint(local(tmp_path))
+def stored_in_two_files(second: torch.Tensor, directory: Path) -> Checkpoint:
+    (directory / "config.json").write_text("{}")
+    save_file({"scale": torch.ones(()), "x": torch.ones(2)}, directory / "a.safetensors")
+    save_file({"scale": second, "y": torch.zeros(2)}, directory / "b.safetensors")
+    return Checkpoint(local(directory))
+
+
+def test_a_tensor_stored_twice_counts_once(tmp_path):
+    found = stored_in_two_files(torch.ones(()), tmp_path).read_all()
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {"scale": 1, "x": [1, 1], "y": [0, 0]}
+
+
+@pytest.mark.parametrize("second", [torch.tensor(-1.0), torch.ones(2), torch.ones((), dtype=torch.bfloat16)])
+def test_a_tensor_stored_in_two_ways_is_refused_with_both_files(second, tmp_path):
+    with pytest.raises(CoraError, match=r"scale is stored twice, in \S*a\.safetensors and otherwise in b\.safetensors"):
+        stored_in_two_files(second, tmp_path)
 
 
 def test_a_bin_file_without_named_tensors_is_refused(tmp_path):
