@@ -99,7 +99,7 @@ class Plan:
 
     `records` maps files to write before anything runs, relative to `out`, to the held-out records for the base model. `date` is what a chat
     template that writes the date takes for it in every step, `tokenizer` the hash of the base model's tokenizer, None where it is not known, and `ends`
-    the tokens that end an answer by that model's generation_config.json. `bases` has the hashes of the bases of the adapters among the source models,
+    the tokens that end an answer by that model's generation_config.json, none where it has no such file. `bases` has the hashes of the bases of the adapters among the source models,
     by the adapters' hashes.
     """
 
@@ -110,14 +110,15 @@ class Plan:
     records: dict[str, list[Any]]
     date: str
     tokenizer: str | None
-    ends: tuple[int, ...] = ()
+    ends: tuple[int, ...] | None = None
     bases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def texts(self) -> dict[str, Any]:
         """What decides how text becomes tokens and where an answer ends, and the bases of adapters, as far as it is known: no part of a step's key."""
-        known = {"tokenizer_sha256": self.tokenizer, "end_tokens": list(self.ends), BASES: dict(self.bases)}
-        return {name: value for name, value in known.items() if value}
+        ends = None if self.ends is None else list(self.ends)
+        known = {"tokenizer_sha256": self.tokenizer, "end_tokens": ends, BASES: dict(self.bases) or None}
+        return {name: value for name, value in known.items() if value is not None}
 
     def of_kind(self, row: str, kind: Kind) -> Step | None:
         """The row's step of this kind, or None."""
@@ -185,7 +186,7 @@ class _Planner:
             for dataset in dict.fromkeys(row.dataset for row in self._grid.rows if row.dataset is not None):
                 self._judge(dataset, self._grid.judge, [row for row in self._grid.rows if row.dataset == dataset], steps_of)
         model = self._inputs.models.get(self._grid.model)
-        tokenizer, ends = (model.tokenizer_sha256, model.ends) if model else (None, ())
+        tokenizer, ends = (model.tokenizer_sha256, model.ends) if model else (None, None)
         facts = self._inputs.models.values()
         bases = {one.sha256: one.base_sha256 for one in facts if one.sha256 and one.base_sha256}
         return Plan(self._grid, self._out, self._steps, steps_of, self._records, self._date, tokenizer, ends, bases)
