@@ -100,7 +100,7 @@ def export_adapter(
             copies = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
             save_file(copies, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
             if adapter.has_tokenizer or adapter.chat_template.is_file():
-                own = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter)
+                own = load_tokenizer(base, trust_remote_code, adapter)
                 say_tokens_without_rows(len(own), embedding_rows(model), adapter)
                 save_tokenizer(own, temporary)
             carry_record(temporary, adapter)

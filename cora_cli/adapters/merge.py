@@ -34,7 +34,7 @@ from cora_cli.models.model_path import ModelPath
 from cora_cli.models.precision import stays_in_float32
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
 from cora_cli.models.skeleton import build_skeleton
-from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
+from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer, say_read_otherwise
 from cora_cli.models.trained_on import carry_record, check_code, say_other_tokenizer, say_other_weights, trained_on
 from cora_cli.progress import note, say
 from cora_cli.settings import TemplateName
@@ -103,7 +103,7 @@ def merge_adapter(
     say_other_tokenizer(adapter, base)
     tokenizer = None
     if adapter.has_tokenizer or base.vocabulary_files():
-        tokenizer = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter)
+        tokenizer = load_tokenizer(base, trust_remote_code, adapter)
     else:
         say(f"neither {adapter.reference} nor {base.reference} holds a tokenizer, and so none is written")
     model, kinds, others = _load_base(base, dtype, trust_remote_code)
@@ -131,6 +131,7 @@ def merge_adapter(
         _check_written(temporary, adapter, trust_remote_code)
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
+            say_read_otherwise(tokenizer, temporary, output, trust_remote_code)
         carry_record(temporary, adapter, base)
         carry_card(temporary, adapter, base, lost=lost)
     return layers

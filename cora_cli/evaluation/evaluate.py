@@ -109,7 +109,7 @@ def _help(config: EvaluateConfig, hardware: Hardware, processes: Processes) -> N
 
 def _helping_engine(config: EvaluateConfig, hardware: Hardware, work: Work) -> Engine:
     target, ends = work.model
-    tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
+    tokenizer = load_tokenizer(target.base, config.trust_remote_code, target.adapter)
     return open_transformers(config, target, hardware, tokenizer, ends).start(work.prompts)
 
 
@@ -197,7 +197,7 @@ def _evaluate_target(
         **({OWN_CODE: config.trust_remote_code} if any(one.base.has_own_code for one in target.members) else {}),
         **_backend_settings(config, target, hardware),
     }
-    tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
+    tokenizer = load_tokenizer(target.base, config.trust_remote_code, target.adapter)
     template = _template(target, schema, tokenizer, recorded_date(target.output, settings, config.overwrite))
     if template.reads_clock:
         settings["template_date"] = template.date

@@ -80,7 +80,7 @@ def _plan(config: EvaluateConfig, target: Target, hardware: Hardware, trained: T
     if config.execute_code:
         for own, record in zip(columns, records, strict=True):
             problem_of(own, place_of(record))
-    tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
+    tokenizer = load_tokenizer(target.base, config.trust_remote_code, target.adapter)
     template = Template(choose_template(target.template, schema, tokenizer), schema, tokenizer, target.date)
     rendered = [template.render(record) for record in records]
     model_config = load_configuration(target.base, config.trust_remote_code)

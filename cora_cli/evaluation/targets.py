@@ -216,7 +216,7 @@ def _text_of(target: Target, config: EvaluateConfig) -> tuple[Any, ...]:
 
 
 def _tokenizer(target: Target, config: EvaluateConfig) -> Any:
-    return load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
+    return load_tokenizer(target.base, config.trust_remote_code, target.adapter)
 
 
 def _at_ranks(config: EvaluateConfig, target: Target) -> list[Target]:
@@ -285,9 +285,7 @@ def _same_answers(one: Target, other: Target, trust_remote_code: bool) -> bool:
 
     if identity(one) != identity(other):
         return False
-    return one.date == other.date or not reads_clock(
-        one.template, load_tokenizer(one.tokenizer, trust_remote_code, one.adapter)
-    )
+    return one.date == other.date or not reads_clock(one.template, load_tokenizer(one.base, trust_remote_code, one.adapter))
 
 
 def check_own_records(path: Path) -> None:

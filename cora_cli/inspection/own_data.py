@@ -152,7 +152,9 @@ def _read(
     if not new:
         raise CoraError(f"{request.dataset} has no records for {name} that no inspected model was trained on; name other data")
     record = read_run(request.run) if request.run else None
-    tokenizer = load_tokenizer(model if model.has_tokenizer else base, adapter=model if model.is_adapter else None)
+    tokenizer = (
+        load_tokenizer(base, adapter=model) if model.is_adapter else load_tokenizer(model if model.has_tokenizer else base)
+    )
     trained = trained_on(model)
     stated, length = (trained.template, trained.max_length) if trained else (None, None)
     if record:

@@ -1,12 +1,15 @@
 """Load and write tokenizers, and say where their files contradict each other or what transformers makes of them."""
 
+import contextlib
+import itertools
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
 from cora_cli import writing
@@ -18,36 +21,27 @@ from cora_cli.reading import read_foreign, read_json, read_text, refuse_pointer
 
 _OF_ALL_KINDS = "It's 1,234 or 2026: naïve café\n\n    def f(x):\treturn x + 10  # 中文 Привет 😀 DON'T"
 """A text of what tokenizers split in different ways: numbers, apostrophes, white space, letters of several alphabets."""
+_ADDED = 100
+"""How many of a tokenizer's added tokens are tried; some reserve thousands."""
 
 
 def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: ModelPath | None = None) -> Any:
-    """Load a model's tokenizer, with the chat template of `adapter` if its directory holds one but no tokenizer.
+    """Load a model's tokenizer, or that of `adapter`, which is on the model, if its directory holds one, or a chat template.
 
     It gets no padding token that it does not have, since it is written next to merged models. Raises `CoraError` if the tokenizer cannot
     be loaded or has no end token.
     """
-    if trust_remote_code and (model.path / "config.json").exists():
-        # Transformers goes on without a configuration whose code the hub does not give, after long retries, which would follow again and again.
-        load_configuration(model, trust_remote_code)
-    # A chat template may be any text, and so may a vocabulary, which is not read where there is a tokenizer.json.
-    for file in model.tokenizer_files():
-        if file.suffix == ".jinja" or not (model.path / "tokenizer.json").exists():
-            refuse_pointer(file)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code, mistral_format=False)
-        tokenizer("")  # some of its settings are read only now; no letter, since it may know none but those of DNA
-    except Exception as error:  # unrelated types, as in `load_model`
-        for file in model.tokenizer_files():
-            refuse_pointer(file)
-        if (model.path / "config.json").exists():
-            load_configuration(model, trust_remote_code)  # which transformers reads to find the kind of tokenizer
-        if not model.vocabulary_files():
-            raise CoraError(
-                f"{model.reference} holds no tokenizer; copy the files of its tokenizer, such as tokenizer.json, into that directory"
-            ) from error
-        _refuse_sentencepiece(model)
-        raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
-    model.require_unchanged()
+    base = model
+    if adapter is not None and adapter.has_tokenizer:
+        model = adapter
+    tokenizer = _load(model, trust_remote_code)
+    if model != base and _gives_other_tokens(model, tokenizer):
+        # Without config.json transformers goes by the class that tokenizer_config.json states, which for some types it knows to be wrong.
+        with contextlib.suppress(Exception):
+            as_of_base = _read(
+                model, trust_remote_code, config=AutoConfig.from_pretrained(base.path, trust_remote_code=trust_remote_code)
+            )
+            tokenizer = tokenizer if _gives_other_tokens(model, as_of_base) else as_of_base
     _refuse_empty(model, tokenizer)
     _say_other_templates(model, tokenizer)
     if adapter is not None and not adapter.has_tokenizer and adapter.chat_template.is_file():
@@ -61,18 +55,58 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
                 "it as UTF-8 without one"
             )
     _say_special_tokens(model, tokenizer)
-    _say_other_tokens(model, tokenizer)
-    if tokenizer.eos_token_id is None:
-        stated = model.generation_config().get("eos_token_id")
-        known = stated if isinstance(stated, int) else tokenizer.sep_token_id
-        such = (
-            f", such as {json.dumps(tokenizer.convert_ids_to_tokens(known), ensure_ascii=False)}" if known is not None else ""
+    if _gives_other_tokens(model, tokenizer):
+        note(
+            f"{model.reference}: transformers splits text as its {type(tokenizer).__name__} does, into other tokens than tokenizer.json describes; "
+            "other programs, and other versions of transformers, may split it as that file says"
         )
-        raise CoraError(
-            f"tokenizer of {model.reference} has no end-of-sequence token, so no answer would learn to stop; set eos_token in tokenizer_config.json to "
-            f"the token that ends its texts{such}"
-        )
+    _refuse_without_end(model, tokenizer)
     return tokenizer
+
+
+def _load(model: ModelPath, trust_remote_code: bool) -> Any:
+    """The tokenizer of a directory. Raises `CoraError` if it cannot be loaded."""
+    if trust_remote_code and (model.path / "config.json").exists():
+        # Transformers goes on without a configuration whose code the hub does not give, after long retries, which would follow again and again.
+        load_configuration(model, trust_remote_code)
+    # A chat template may be any text, and so may a vocabulary, which is not read where there is a tokenizer.json.
+    for file in model.tokenizer_files():
+        if file.suffix == ".jinja" or not (model.path / "tokenizer.json").exists():
+            refuse_pointer(file)
+    try:
+        tokenizer = _read(model, trust_remote_code)
+    except Exception as error:  # unrelated types, as in `load_model`
+        for file in model.tokenizer_files():
+            refuse_pointer(file)
+        if (model.path / "config.json").exists():
+            load_configuration(model, trust_remote_code)  # which transformers reads to find the kind of tokenizer
+        if not model.vocabulary_files():
+            raise CoraError(
+                f"{model.reference} holds no tokenizer; copy the files of its tokenizer, such as tokenizer.json, into that directory"
+            ) from error
+        _refuse_sentencepiece(model)
+        raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
+    model.require_unchanged()
+    return tokenizer
+
+
+def _read(model: ModelPath, trust_remote_code: bool, **settings: Any) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code, mistral_format=False, **settings)
+    tokenizer("")  # some of its settings are read only now; no letter, since it may know none but those of DNA
+    return tokenizer
+
+
+def _refuse_without_end(model: ModelPath, tokenizer: Any) -> None:
+    """Raise `CoraError` where no token ends a text."""
+    if tokenizer.eos_token_id is not None:
+        return
+    stated = model.generation_config().get("eos_token_id")
+    known = stated if isinstance(stated, int) else tokenizer.sep_token_id
+    such = f", such as {json.dumps(tokenizer.convert_ids_to_tokens(known), ensure_ascii=False)}" if known is not None else ""
+    raise CoraError(
+        f"tokenizer of {model.reference} has no end-of-sequence token, so no answer would learn to stop; set eos_token in tokenizer_config.json to "
+        f"the token that ends its texts{such}"
+    )
 
 
 def _refuse_empty(model: ModelPath, tokenizer: Any) -> None:
@@ -112,6 +146,17 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
         writing.write_json(path, {**written, "auto_map": {**own, "AutoTokenizer": pair}})
 
 
+def say_read_otherwise(tokenizer: Any, directory: Path, output: Path, trust_remote_code: bool) -> None:
+    """Say where transformers takes the tokenizer that was written into `directory`, to become `output`, for another one: with a model, it goes by its type."""
+    again = _read(ModelPath(str(output), directory, None), trust_remote_code)
+    text = _text_of_all_kinds(tokenizer.added_tokens_decoder.values())
+    if again(text)["input_ids"] != tokenizer(text)["input_ids"]:
+        note(
+            f"{output}: for a model of this type transformers reads tokenizer.json as its {type(again).__name__}, which gives other tokens than those of "
+            "the adapter's tokenizer; PreTrainedTokenizerFast.from_pretrained reads it as it is"
+        )
+
+
 def _say_special_tokens(model: ModelPath, tokenizer: Any) -> None:
     """Say which special tokens two files of the tokenizer state differently, and which one is taken."""
     paths = [model.path / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
@@ -126,24 +171,24 @@ def _say_special_tokens(model: ModelPath, tokenizer: Any) -> None:
             )
 
 
-def _say_other_tokens(model: ModelPath, tokenizer: Any) -> None:
-    """Say where a tokenizer gives other tokens than its tokenizer.json describes.
+def _text_of_all_kinds(added: Iterable[Any]) -> str:
+    """A text with the `added` tokens of a tokenizer: some tokenizers differ only behind a control token, as in every chat."""
+    return "".join([_OF_ALL_KINDS, *(f"{token.content}It is" for token in itertools.islice(added, _ADDED))])
+
+
+def _gives_other_tokens(model: ModelPath, tokenizer: Any) -> bool:
+    """Whether a tokenizer gives other tokens than its tokenizer.json describes.
 
     For some types of models transformers takes only the vocabulary from there, and splits text as the class of the type does.
     """
     path = model.path / "tokenizer.json"
     if not tokenizer.is_fast or type(tokenizer) is PreTrainedTokenizerFast or not path.is_file():
-        return
+        return False
     described = Tokenizer.from_file(str(path))
     described.no_truncation()
     described.no_padding()
-    if described.encode(_OF_ALL_KINDS, add_special_tokens=False).ids != [
-        *tokenizer(_OF_ALL_KINDS, add_special_tokens=False)["input_ids"]
-    ]:
-        note(
-            f"{model.reference}: transformers splits text as its {type(tokenizer).__name__} does, into other tokens than tokenizer.json describes; "
-            "other programs, and other versions of transformers, may split it as that file says"
-        )
+    text = _text_of_all_kinds(described.get_added_tokens_decoder().values())
+    return described.encode(text, add_special_tokens=False).ids != [*tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def _named_templates(templates: list[Any], path: Path) -> dict[str, Any]:

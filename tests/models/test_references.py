@@ -1,20 +1,14 @@
 import contextlib
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast
 
 from cora_cli import writing
 from cora_cli.data.readers import read_located
 from cora_cli.errors import CoraError
-from cora_cli.models import tokenizer
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.loading import load_model
 from cora_cli.models.model_path import ModelPath
@@ -449,46 +443,6 @@ def test_a_link_that_leads_nowhere_is_no_name_on_the_hub(tmp_path, monkeypatch):
         resolve_model("org/loop")
     with pytest.raises(CoraError, match=r"^org/gone is a symbolic link to removed, which does not exist$"):
         list(read_located("org/gone"))
-
-
-@pytest.mark.parametrize("absent", ["sentencepiece", "protobuf"])
-def test_a_tokenizer_of_sentencepiece_alone_names_the_packages_that_it_needs(absent, tiny_model, tmp_path, monkeypatch):
-    directory = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
-    (directory / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    for name in ("sentencepiece", "protobuf"):
-        monkeypatch.setattr(tokenizer, f"is_{name}_available", lambda name=name: name != absent)
-    with pytest.raises(CoraError, match=r"tokenizer\.model is one of SentencePiece, .* `pip install sentencepiece protobuf`"):
-        load_tokenizer(resolve_model(str(directory)))
-
-
-def test_a_tokenizer_without_an_end_token_is_refused_with_the_one_that_the_model_names(tiny_model, tmp_path):
-    directory = shutil.copytree(tiny_model, tmp_path / "model")
-    place = directory / "tokenizer_config.json"
-    settings = json.loads(place.read_text(encoding="utf-8"))
-    end = settings.pop("eos_token")
-    writing.write_json(place, settings)
-    with pytest.raises(CoraError, match=rf"set eos_token in tokenizer_config\.json .* such as \"{re.escape(end)}\"$"):
-        load_tokenizer(resolve_model(str(directory)))
-
-
-def test_a_tokenizer_that_knows_no_letter_a_is_loaded(tiny_model, tmp_path):
-    directory = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
-    inner = Tokenizer(WordLevel({"</s>": 0, "A": 1, "C": 2, "G": 3, "T": 4}, unk_token="?"))
-    inner.pre_tokenizer = Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(directory)
-    assert load_tokenizer(resolve_model(str(directory)))("CAT")["input_ids"] == [2, 1, 4]
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_a_tokenizer_that_transformers_reads_otherwise_than_its_file_says_is_named(model_type, tiny_model, tmp_path, capsys):
-    directory = shutil.copytree(tiny_model, tmp_path / "model")
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    writing.write_json(directory / "config.json", {**config, "model_type": model_type})
-    ids = load_tokenizer(resolve_model(str(directory)))("2026 !")["input_ids"]
-    described = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    is_said = "transformers splits text as its Qwen2Tokenizer does" in capsys.readouterr().err
-    assert is_said == (model_type == "qwen2")
-    assert is_said or ids == described.encode("2026 !").ids
 
 
 def test_other_programs_find_the_result_of_a_run_in_its_own_directory(tiny_model, tmp_path):

@@ -1,0 +1,112 @@
+"""Which tokens the files of a tokenizer give, and what is said where transformers makes others of them."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
+
+from cora_cli import writing
+from cora_cli.errors import CoraError
+from cora_cli.models import tokenizer
+from cora_cli.models.model_path import ModelPath
+from cora_cli.models.references import resolve_model
+from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer, say_read_otherwise
+
+
+@pytest.mark.parametrize("absent", ["sentencepiece", "protobuf"])
+def test_a_tokenizer_of_sentencepiece_alone_names_the_packages_that_it_needs(absent, tiny_model, tmp_path, monkeypatch):
+    directory = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    (directory / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    for name in ("sentencepiece", "protobuf"):
+        monkeypatch.setattr(tokenizer, f"is_{name}_available", lambda name=name: name != absent)
+    with pytest.raises(CoraError, match=r"tokenizer\.model is one of SentencePiece, .* `pip install sentencepiece protobuf`"):
+        load_tokenizer(resolve_model(str(directory)))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_with_the_one_that_the_model_names(tiny_model, tmp_path):
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    place = directory / "tokenizer_config.json"
+    settings = json.loads(place.read_text(encoding="utf-8"))
+    end = settings.pop("eos_token")
+    writing.write_json(place, settings)
+    with pytest.raises(CoraError, match=rf"set eos_token in tokenizer_config\.json .* such as \"{re.escape(end)}\"$"):
+        load_tokenizer(resolve_model(str(directory)))
+
+
+def test_a_tokenizer_that_knows_no_letter_a_is_loaded(tiny_model, tmp_path):
+    directory = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    inner = Tokenizer(WordLevel({"</s>": 0, "A": 1, "C": 2, "G": 3, "T": 4}, unk_token="?"))
+    inner.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(directory)
+    assert load_tokenizer(resolve_model(str(directory)))("CAT")["input_ids"] == [2, 1, 4]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_tokenizer_that_transformers_reads_otherwise_than_its_file_says_is_named(model_type, tiny_model, tmp_path, capsys):
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    writing.write_json(directory / "config.json", {**config, "model_type": model_type})
+    ids = load_tokenizer(resolve_model(str(directory)))("2026 !")["input_ids"]
+    described = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    is_said = "transformers splits text as its Qwen2Tokenizer does" in capsys.readouterr().err
+    assert is_said == (model_type == "qwen2")
+    assert is_said or ids == described.encode("2026 !").ids
+
+
+CONTROL, OTHER_TOKENS = "<|end|>", "into other tokens than tokenizer.json describes"
+
+
+def prepending(directory: Path) -> ModelPath:
+    """A folder with a tokenizer that sets a space before each text, and behind each control token, as Llama 2's does; stated to be of Llama's class,
+    which sets it before the first text alone."""
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", "▁", *map(chr, range(33, 127))])}
+    inner = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.add_special_tokens([AddedToken(CONTROL, special=True, normalized=False)])
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>").save_pretrained(directory)
+    place = directory / "tokenizer_config.json"
+    stated = json.loads(place.read_text(encoding="utf-8"))
+    writing.write_json(place, {**stated, "tokenizer_class": "LlamaTokenizer", "legacy": False})
+    return ModelPath(directory.name, directory, None)
+
+
+def of_type(model: Path, model_type: str, directory: Path) -> ModelPath:
+    """The configuration of a model, as one of another type."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    writing.write_json(directory / "config.json", {**config, "model_type": model_type})
+    return ModelPath(directory.name, directory, None)
+
+
+def test_a_tokenizer_that_is_read_otherwise_behind_control_tokens_alone_is_named(tmp_path, capsys):
+    model = prepending(tmp_path / "model")
+    text = f"{CONTROL}hi"
+    described = Tokenizer.from_file(str(model.path / "tokenizer.json")).encode(text, add_special_tokens=False).tokens
+    found = load_tokenizer(model).tokenize(text)
+    assert (described, found) == ([CONTROL, "▁", "h", "i"], [CONTROL, "h", "i"])
+    assert OTHER_TOKENS in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_an_adapter_s_tokenizer_is_read_as_its_file_says_where_that_of_its_base_is(model_type, tiny_model, tmp_path, capsys):
+    """Transformers knows that tokenizers of the type phi3 state a wrong class, but an adapter's folder does not tell the type."""
+    base = of_type(tiny_model, model_type, tmp_path / "base")
+    tokens = load_tokenizer(base, adapter=prepending(tmp_path / "adapter")).tokenize(f"{CONTROL}hi")
+    as_described = model_type == "phi3"
+    assert tokens == [CONTROL, *(["▁"] if as_described else []), "h", "i"]
+    assert (OTHER_TOKENS in capsys.readouterr().err) != as_described
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_tokenizer_that_is_another_one_next_to_the_model_is_named_as_it_is_written(model_type, tiny_model, tmp_path, capsys):
+    written = of_type(tiny_model, model_type, tmp_path / "merged")
+    own = load_tokenizer(resolve_model(str(tiny_model)))
+    save_tokenizer(own, written.path)
+    say_read_otherwise(own, written.path, tmp_path / "out", trust_remote_code=False)
+    said = capsys.readouterr().err
+    assert (f"{tmp_path / 'out'}: for a model of this type transformers reads" in said) == (model_type == "qwen2")
