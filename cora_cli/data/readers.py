@@ -210,23 +210,33 @@ def _read_csv(path: Path, delimiter: str = ",", quoting: Literal[0, 3] = csv.QUO
 def _read_tsv(path: Path) -> Iterator[tuple[str, Any]]:
     """As `_read_csv`; quotation marks are read as text where they are no quotes around fields, since many programs write TSV without any.
 
-    That is so where each line has all columns, but some field in quotes would end on a later line or not where its quotes do.
+    That is so where each line has all columns, but some field in quotes would end on a later line or not where its quotes do. Raises `CoraError` where
+    the rows have all columns in both readings.
     """
     text = text_of(path)
     columns = {line.count("\t") for line in re.split(r"\r\n|\n|\r", text) if line.strip()}
-    if len(columns) > 1 or columns == {0} or _fits_quoting(text):
+    if len(columns) != 1 or columns == {0}:
+        return _read_csv(path, "\t")
+    rows = _quoted(text)
+    if over := next((line for number, (line, _) in enumerate(rows, start=1) if line != number), None):
+        if {len(row) - 1 for _, row in rows if row} == columns:
+            raise CoraError(
+                f"{path}, line {over}: its quotation marks may be text, or stand around a field that goes on from an earlier line; save the file as CSV or "
+                "JSON Lines"
+            )
+    elif rows:
         return _read_csv(path, "\t")
     note(f"{path}: its quotation marks are not in pairs around fields, so they are read as text")
     return _read_csv(path, "\t", csv.QUOTE_NONE)
 
 
-def _fits_quoting(text: str) -> bool:
-    """Whether each line of a TSV file is one row with fields in quotes read."""
+def _quoted(text: str) -> list[tuple[int, list[str]]]:
+    """The rows of a TSV file with fields in quotes read, each with the line on which it ends; none where the quotes are none around fields."""
     reader = _rows(text, "\t", csv.QUOTE_MINIMAL)
     try:
-        return all(reader.line_num == number for number, _ in enumerate(reader, start=1))
+        return [(reader.line_num, row) for row in reader]
     except csv.Error:
-        return False
+        return []
 
 
 def _rows(text: str, delimiter: str, quoting: Literal[0, 3]) -> Any:

@@ -60,6 +60,14 @@ def test_quotation_marks_of_a_tsv_file_that_quote_no_fields_are_text(written, re
     assert ("are read as text" in capsys.readouterr().err) == (written[0] != "5" and '""' not in written)
 
 
+def test_quotation_marks_of_a_tsv_file_that_may_quote_fields_or_not_are_refused(tmp_path):
+    (tmp_path / "a.tsv").write_text('prompt\tcompletion\nx\ty\n"a\tb\nc"\td\n')
+    with pytest.raises(
+        CoraError, match=r"a\.tsv, line 4: its quotation marks may be text, or .*; save the file as CSV or JSON Lines$"
+    ):
+        list(read_located(str(tmp_path / "a.tsv")))
+
+
 @pytest.mark.parametrize(
     "first", ["sep=,\r\n", "\ufeffSEP=,\n", '"sep=,"\n', "#TYPE System.Management.Automation.PSCustomObject\r\n"]
 )
