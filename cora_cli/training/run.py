@@ -282,11 +282,12 @@ def _fit(
         writing.write_jsonl(run.log, kept)
     if checkpoint:
         say(f"resuming after step {done}")
-    with progress("training", total_steps(config, len(prepared.train.examples)), "steps", done=done) as shown:
+    steps = total_steps(config, len(prepared.train.examples))
+    with progress("training", steps, "steps", done=done) as shown:
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(RunLog(run, trainer, meter, shown))
         if config.eval_steps:
-            trainer.add_callback(_HeldOutEvery(config.eval_steps, run, trainer, prepared, form))
+            trainer.add_callback(_HeldOutEvery(config.eval_steps, steps, run, trainer, prepared, form))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # From the log, since a resumed run was trained by several processes.
     log = read_jsonl(run.log, LogLine) if trainer.is_world_process_zero() else []
@@ -301,13 +302,17 @@ def _fit(
 
 
 class _HeldOutEvery(transformers.TrainerCallback):
-    """Measures the held-out loss during training."""
+    """Measures the held-out loss during training; at its end, after `steps`, it is measured in any case."""
 
-    def __init__(self, every: int, run: RunDirectory, trainer: CoraTrainer, prepared: Prepared, form: BatchForm) -> None:
-        self._every, self._run, self._trainer, self._prepared, self._form = every, run, trainer, prepared, form
+    def __init__(
+        self, every: int, steps: int, run: RunDirectory, trainer: CoraTrainer, prepared: Prepared, form: BatchForm
+    ) -> None:
+        self._every, self._steps, self._run = every, steps, run
+        self._trainer, self._prepared, self._form = trainer, prepared, form
 
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % self._every or control.should_training_stop:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        is_step = "loss" in (logs or {})  # at a stop, transformers also logs a summary
+        if not is_step or state.global_step % self._every or state.global_step >= self._steps:
             return
         loss = _measure(
             self._trainer.model,

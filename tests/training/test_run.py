@@ -316,6 +316,19 @@ def test_held_out_loss_can_be_followed_in_the_log(tiny_model: Path, tiny_data: P
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
 
 
+def test_the_curve_of_a_run_that_stopped_at_one_of_its_points_is_complete(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = config_for(
+        tiny_model, tiny_data, tmp_path / "run", eval_steps=2, eval_limit=3, validation_size=4, max_steps=4, resume=True
+    )
+    train(replace(config, stop_at=2))
+    train(config)
+    train(replace(config, output_dir=str(tmp_path / "whole")))
+    assert log_lines(tmp_path / "run") == log_lines(tmp_path / "whole")
+    assert [line["step"] for line in log_lines(tmp_path / "run") if "heldout_loss" in line] == [2]
+
+
 def test_all_weights_are_trained_in_mixed_precision_and_kept_in_float32(
     tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
