@@ -276,6 +276,20 @@ def test_a_base_model_has_the_loss_of_a_run_with_its_own_prompts(runs_with_base)
         assert len(bases) == 2
 
 
+@pytest.mark.parametrize("asked", ["trained", "another"])
+def test_a_base_model_that_was_asked_with_another_tokenizer_has_no_loss_of_its_run(asked, runs_with_base):
+    run = runs_with_base[0]
+    trained, place = unsealed(run / "run.json"), run / "eval-base" / "metrics.json"
+    trained["fingerprint"]["tokenizer_sha256"] = "trained"
+    writing.write_json(run / "run.json", trained)
+    evaluated = read_json(place)
+    evaluated["generation"]["text_sha256"] = asked
+    writing.write_json(place, evaluated)
+    (experiment,) = find_experiments([str(run), str(run / "eval-base")])
+    (base,) = (result for result in collect(experiment).results if result.row.mode == "base")
+    assert (LOSS in base.measures) == (asked == "trained")
+
+
 def test_a_base_model_elsewhere_has_the_loss_of_a_run_with_its_own_template(runs_with_base, tmp_path):
     lora, fb = runs_with_base
     elsewhere = shutil.copytree(lora / "eval-base", tmp_path / "elsewhere")
