@@ -98,9 +98,9 @@ class Plan:
     belongs to no row: it needs the answers of all rows with one data set.
 
     `records` maps files to write before anything runs, relative to `out`, to the held-out records for the base model. `date` is what a chat
-    template that writes the date takes for it in every step, `tokenizer` the hash of the base model's tokenizer, None where it is not known, and `ends`
-    the tokens that end an answer by that model's generation_config.json, none where it has no such file. `bases` has the hashes of the bases of the adapters among the source models,
-    by the adapters' hashes.
+    template that writes the date takes for it in every step, `tokenizer` the hash of the base model's tokenizer, and `ends` the tokens that end an answer
+    by that model's generation_config.json, none where it has no such file; both are None where they are not known. `bases` has the hashes of the bases
+    of the adapters among the source models, by the adapters' hashes.
     """
 
     grid: Grid

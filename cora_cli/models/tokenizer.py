@@ -148,7 +148,7 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
 
 def say_read_otherwise(tokenizer: Any, directory: Path, output: Path, trust_remote_code: bool) -> None:
     """Say where transformers takes the tokenizer that was written into `directory`, to become `output`, for another one: with a model, it goes by its type."""
-    again = _read(ModelPath(str(output), directory, None), trust_remote_code)
+    again = _load(ModelPath(str(output), directory, None), trust_remote_code)
     text = _text_of_all_kinds(tokenizer.added_tokens_decoder.values())
     if again(text)["input_ids"] != tokenizer(text)["input_ids"]:
         note(
