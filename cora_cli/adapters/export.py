@@ -102,7 +102,7 @@ def export_adapter(
             if adapter.has_tokenizer or adapter.chat_template.is_file():
                 own = load_tokenizer(base, trust_remote_code, adapter)
                 say_tokens_without_rows(len(own), embedding_rows(model), adapter)
-                save_tokenizer(own, temporary)
+                save_tokenizer(own, temporary, output)
             carry_record(temporary, adapter)
             carry_card(temporary, adapter, rank=rank)
     except SafetensorError as error:

@@ -34,7 +34,7 @@ from cora_cli.models.model_path import ModelPath
 from cora_cli.models.precision import stays_in_float32
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
 from cora_cli.models.skeleton import build_skeleton
-from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer, say_read_otherwise
+from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
 from cora_cli.models.trained_on import carry_record, check_code, say_other_tokenizer, say_other_weights, trained_on
 from cora_cli.progress import note, say
 from cora_cli.settings import TemplateName
@@ -130,8 +130,7 @@ def merge_adapter(
         save_model(merged, base, temporary, trust_remote_code, ends=_ends(adapter, tokenizer))
         _check_written(temporary, adapter, trust_remote_code)
         if tokenizer is not None:
-            save_tokenizer(tokenizer, temporary)
-            say_read_otherwise(tokenizer, temporary, output, trust_remote_code)
+            save_tokenizer(tokenizer, temporary, output)
         carry_record(temporary, adapter, base)
         carry_card(temporary, adapter, base, lost=lost)
     return layers

@@ -73,7 +73,7 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts, tokeniz
             if posterior is not None:
                 write_row_noise(temporary, posterior)
             if tokenizer is not None:
-                save_tokenizer(tokenizer, temporary)
+                save_tokenizer(tokenizer, temporary, directory)
             writing.write_json(temporary / SIDE_FILE, dataclasses.replace(facts, views=bool(split_parts(model))).as_dict())
     except SafetensorError as error:
         raise CoraError(f"{directory} cannot be written: {error}") from error

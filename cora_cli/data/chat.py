@@ -162,7 +162,7 @@ class ChatTemplate:
         return self._turn_ends_of[key]
 
     def _turn_end(self, extra: Mapping[str, Any]) -> TurnEnd | None:
-        """How the chat template ends an answer; None where it does so with no token, or refuses a conversation of two plain messages."""
+        """How the chat template ends an answer; None where it does so with no token, or refuses a conversation of plain messages."""
         tail = self._behind_answer(extra)
         # Some checkpoints list their turn's end among the added tokens without calling it special.
         added = {token.content: index for index, token in self._tokenizer.added_tokens_decoder.items() if token.content.strip()}
@@ -226,12 +226,14 @@ class ChatTemplate:
     def _answered(
         self, answer: Mapping[str, Any], extra: Mapping[str, Any], further: Sequence[Mapping[str, Any]] = ()
     ) -> str | None:
-        """A conversation of a question, an answer and `further` messages; None where the chat template refuses it."""
-        try:
-            with bounded("the chat template"):
-                return self.apply([{"role": "user", "content": "question"}, {"role": "assistant", **answer}, *further], extra)
-        except Exception:  # templates raise what they like; `render` reports it for the records themselves
-            return None
+        """A conversation of a question, an answer and `further` messages, behind a system message where the chat template refuses it without one; None where
+        it refuses that, too."""
+        asked = [{"role": "user", "content": "question"}, {"role": "assistant", **answer}, *further]
+        for messages in (asked, [{"role": "system", "content": "instructions"}, *asked]):
+            # Templates raise what they like; `render` reports it for the records themselves.
+            with contextlib.suppress(Exception), bounded("the chat template"):
+                return self.apply(messages, extra)
+        return None
 
 
 class UnsteadyTemplate(Exception):

@@ -1,6 +1,7 @@
 """Load and write tokenizers, and say where their files contradict each other or what transformers makes of them."""
 
 import contextlib
+import inspect
 import itertools
 import json
 from collections import Counter
@@ -134,26 +135,37 @@ def _refuse_sentencepiece(model: ModelPath) -> None:
         )
 
 
-def save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """Write the files of a tokenizer, with its own code where it has some, so that `load_tokenizer` reads them."""
+def save_tokenizer(tokenizer: Any, directory: Path, output: Path) -> None:
+    """Write the files of a tokenizer into `directory`, which is to become `output`, with its own code where it has some, so that `load_tokenizer` reads
+    them. Says so where transformers will read them as another tokenizer."""
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     written = read_foreign(path, dict[str, Any])
+    # Some of what a class takes transformers does not write, such as Llama's `legacy`, which decides what a space behind a control token is.
+    taken: dict[str, Any] = {
+        name: value
+        for name, parameter in inspect.signature(type(tokenizer).__init__).parameters.items()
+        if name not in written and isinstance(value := getattr(tokenizer, name, None), bool) and value != parameter.default
+    }
     own = written.get("auto_map")
     if isinstance(own, dict) and isinstance(name := own.get("AutoTokenizer"), str):
         # transformers writes one name, but reads those of a slow and of a fast tokenizer.
         pair = [None, name] if tokenizer.is_fast else [name, None]
-        writing.write_json(path, {**written, "auto_map": {**own, "AutoTokenizer": pair}})
+        taken["auto_map"] = {**own, "AutoTokenizer": pair}
+    if taken:
+        writing.write_json(path, {**written, **taken})
+    if type(tokenizer).__module__.startswith("transformers."):
+        _say_read_otherwise(tokenizer, directory, output)
 
 
-def say_read_otherwise(tokenizer: Any, directory: Path, output: Path, trust_remote_code: bool) -> None:
-    """Say where transformers takes the tokenizer that was written into `directory`, to become `output`, for another one: with a model, it goes by its type."""
-    again = _load(ModelPath(str(output), directory, None), trust_remote_code)
+def _say_read_otherwise(tokenizer: Any, directory: Path, output: Path) -> None:
+    """Say so where transformers takes what was written into `directory` for another tokenizer: next to a model, it goes by the type."""
+    again = _load(ModelPath(str(output), directory, None), trust_remote_code=False)
     text = _text_of_all_kinds(tokenizer.added_tokens_decoder.values())
     if again(text)["input_ids"] != tokenizer(text)["input_ids"]:
         note(
-            f"{output}: for a model of this type transformers reads tokenizer.json as its {type(again).__name__}, which gives other tokens than those of "
-            "the adapter's tokenizer; PreTrainedTokenizerFast.from_pretrained reads it as it is"
+            f"{output}: transformers reads this tokenizer as its {type(again).__name__}, which gives other tokens than the tokenizer of "
+            f"{tokenizer.name_or_path}, from which it was written; PreTrainedTokenizerFast.from_pretrained reads tokenizer.json as it is"
         )
 
 

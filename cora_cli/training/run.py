@@ -345,7 +345,7 @@ def _save_result(
     if prepared.plan is None:
         with writing.atomic_path(run.model) as temporary:
             save_model(model, prepared.model_path, temporary, config.trust_remote_code, weights, prepared.template.ends)
-            save_tokenizer(prepared.tokenizer, temporary)
+            save_tokenizer(prepared.tokenizer, temporary, run.model)
         return
     assert isinstance(model, PeftModel)
     facts = AdapterFacts(

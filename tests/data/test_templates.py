@@ -347,6 +347,13 @@ def test_a_template_that_refuses_a_conversation_is_quoted_with_the_records_place
         template.render(Record(TALK, "a.jsonl, line 7"))
 
 
+def test_a_template_that_wants_a_system_message_ends_its_turns_by_its_token_too():
+    wanting = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHATML
+    plain, template = (Template("chat", "messages", with_template(text)) for text in (CHATML, wanting))
+    assert template.ends == plain.ends
+    assert len(template.ends) == 2
+
+
 def test_control_tokens_spelled_in_a_text_are_counted_but_not_the_end_of_an_answer(chat):
     template = Template("chat", "prompt", chat)
     spelled = [

@@ -82,7 +82,7 @@ def test_a_tokenizer_with_code_of_its_own_loads_again_where_it_was_written(tiny_
         load_tokenizer(resolve_model(str(model)))
     loaded = load_tokenizer(resolve_model(str(model)), trust_remote_code=True)
     written = shutil.copytree(tiny_model, tmp_path / "written")
-    save_tokenizer(loaded, written)
+    save_tokenizer(loaded, written, written)
     again = load_tokenizer(resolve_model(str(written)), trust_remote_code=True)
     assert type(again).__name__ == "OwnTokenizer"
     assert again("a text")["input_ids"] == loaded("a text")["input_ids"]

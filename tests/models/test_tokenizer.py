@@ -16,7 +16,7 @@ from cora_cli.errors import CoraError
 from cora_cli.models import tokenizer
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.references import resolve_model
-from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer, say_read_otherwise
+from cora_cli.models.tokenizer import load_tokenizer, save_tokenizer
 
 
 @pytest.mark.parametrize("absent", ["sentencepiece", "protobuf"])
@@ -62,9 +62,9 @@ def test_a_tokenizer_that_transformers_reads_otherwise_than_its_file_says_is_nam
 CONTROL, OTHER_TOKENS = "<|end|>", "into other tokens than tokenizer.json describes"
 
 
-def prepending(directory: Path) -> ModelPath:
+def prepending(directory: Path, legacy: bool = False) -> ModelPath:
     """A folder with a tokenizer that sets a space before each text, and behind each control token, as Llama 2's does; stated to be of Llama's class,
-    which sets it before the first text alone."""
+    which, unless `legacy`, sets it before the first text alone."""
     vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", "▁", *map(chr, range(33, 127))])}
     inner = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -72,7 +72,7 @@ def prepending(directory: Path) -> ModelPath:
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>").save_pretrained(directory)
     place = directory / "tokenizer_config.json"
     stated = json.loads(place.read_text(encoding="utf-8"))
-    writing.write_json(place, {**stated, "tokenizer_class": "LlamaTokenizer", "legacy": False})
+    writing.write_json(place, {**stated, "tokenizer_class": "LlamaTokenizer", "legacy": legacy})
     return ModelPath(directory.name, directory, None)
 
 
@@ -105,8 +105,21 @@ def test_an_adapter_s_tokenizer_is_read_as_its_file_says_where_that_of_its_base_
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_a_tokenizer_that_is_another_one_next_to_the_model_is_named_as_it_is_written(model_type, tiny_model, tmp_path, capsys):
     written = of_type(tiny_model, model_type, tmp_path / "merged")
-    own = load_tokenizer(resolve_model(str(tiny_model)))
-    save_tokenizer(own, written.path)
-    say_read_otherwise(own, written.path, tmp_path / "out", trust_remote_code=False)
-    said = capsys.readouterr().err
-    assert (f"{tmp_path / 'out'}: for a model of this type transformers reads" in said) == (model_type == "qwen2")
+    save_tokenizer(load_tokenizer(resolve_model(str(tiny_model))), written.path, tmp_path / "out")
+    said = f"{tmp_path / 'out'}: transformers reads this tokenizer as its Qwen2Tokenizer, which gives other tokens than the tokenizer of {tiny_model}"
+    assert (said in capsys.readouterr().err) == (model_type == "qwen2")
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_tokenizer_that_is_written_gives_the_tokens_of_the_one_that_was_read(legacy, tiny_model, tmp_path, capsys):
+    """Transformers reads `legacy` of a tokenizer of Llama's class, but does not write it."""
+    model = prepending(of_type(tiny_model, "llama", tmp_path / "model").path, legacy)
+    own = load_tokenizer(model)
+    assert (own.tokenize(f"{CONTROL}hi")[1] == "▁") == legacy
+    for name in ("adapter", "complete"):
+        (tmp_path / name).mkdir()
+        shutil.copy(model.path / "config.json", tmp_path / name) if name == "complete" else None
+        save_tokenizer(own, tmp_path / name, tmp_path / name)
+        again = load_tokenizer(ModelPath(name, tmp_path / name, None))
+        assert again.tokenize(f"{CONTROL}hi") == own.tokenize(f"{CONTROL}hi")
+    assert "gives other tokens" not in capsys.readouterr().err
