@@ -7,6 +7,7 @@ approximation.
 import copy
 import functools
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from cora_cli.progress import say
 
 _ROWS = "deviation"
 _PRECISION = "prior_precision"
+_NO_DERIVATIVE = re.compile(r"forward(?:[- ]mode)? AD")
+"""What PyTorch says of an operation, or of a function of a model's own, without a derivative of the kind that draws need."""
 _PARTS = ("outputs", "output_values", "inputs", "input_values")
 
 
@@ -154,7 +157,7 @@ def _linearised(forward: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 output = forward(*args, **kwargs)
             except (NotImplementedError, RuntimeError) as error:
-                if "forward AD" not in str(error):
+                if not _NO_DERIVATIVE.search(str(error)):
                     raise
                 raise CoraError(f"this model cannot be linearised ({reason(error)}); --draws 0 evaluates its mean") from error
             value, change = forward_ad.unpack_dual(output.logits)

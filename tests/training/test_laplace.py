@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.autograd import forward_ad
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from cora_cli import writing
+from cora_cli.adapters import posterior
 from cora_cli.adapters.loading import load_adapter
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.adapters.posterior import drawn_models
@@ -155,6 +157,25 @@ def test_draws_are_linear_in_the_weights_by_a_central_difference(
     expected = (ends[0] - ends[1]) / 2e-3
     assert change.abs().max() > 0.01
     assert torch.allclose(change.double(), expected, atol=1e-3 * expected.abs().max().item())
+
+
+class OwnFunction(torch.autograd.Function):
+    """As the GELU of BLOOM: with a derivative of its own, backwards alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+def test_a_model_without_the_derivatives_of_draws_is_refused_with_the_remedy():
+    posterior._enter_level()
+    weight = forward_ad.make_dual(torch.ones(2), torch.ones(2))
+    with pytest.raises(CoraError, match=r"this model cannot be linearised \(.*jvp.*\); --draws 0 evaluates its mean"):
+        posterior._linearised(lambda: OwnFunction.apply(weight))()
 
 
 def test_generation_takes_the_most_likely_token_of_the_averaged_draws(fitted: Path, tiny_model: Path):
