@@ -154,7 +154,12 @@ class RunDirectory:
         changed = [name for name in sorted({*known, *found}) if known.get(name) != found.get(name)]
         path = self.result / changed[0] if changed else self.result
         fault = unlike_record(path, self.record, "after its training had finished")
-        raise CoraError(f"{fault}; restore it, or write it again with the same `cora train` command and --resume")
+        again = (
+            "with `cora laplace` into another directory"
+            if "laplace" in record
+            else "with the same `cora train` command and --resume"
+        )
+        raise CoraError(f"{fault}; restore it, or write it again {again}")
 
     def _check_seed(self, record: Mapping[str, Any]) -> None:
         """Raise `CoraError` if the record states another seed than the adapter, whose files it has the hashes of: it would feign a second seed."""

@@ -99,6 +99,8 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
         if record["status"] == FINISHED and record.get("result_sha256") == run.result_hash():
             say(f"{run.root} is already finished")
             return record
+        if "laplace" in record:
+            run.check_result()  # training it again would lose what `cora laplace` made of it
         if record["status"] == FINISHED:
             say(f"the result in {run.root} was damaged after it was written: writing it again from the last checkpoint")
         if checkpoints_in(run.checkpoints):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch.autograd import forward_ad
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -103,6 +104,20 @@ def test_the_result_is_the_run_with_a_distribution_around_it(run: Path, fitted: 
     assert r"| laplace lora prior\_precision=40.0 r=4" in text
     merge_adapter(resolve_model(str(fitted)), tmp_path / "merged")
     assert not (tmp_path / "merged" / "posterior.safetensors").exists()
+
+
+def test_a_damaged_distribution_is_written_by_laplace_alone(fitted: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path):
+    damaged = Path(shutil.copytree(fitted, tmp_path / "damaged"))
+    before = load_file(damaged / "adapter" / "posterior.safetensors")
+    save_file({name: 2 * value for name, value in before.items()}, damaged / "adapter" / "posterior.safetensors")
+    record = (damaged / "run.json").read_bytes()
+    again = config_for(tiny_model, tiny_data, damaged, max_steps=4, target_modules=("q_proj", "v_proj"), resume=True)
+    for call in (lambda: evaluated(damaged, tmp_path / "out"), lambda: train(again)):
+        with pytest.raises(
+            CoraError, match=r"posterior\.safetensors was changed .* again with `cora laplace` into another directory$"
+        ):
+            call()
+    assert (damaged / "run.json").read_bytes() == record
 
 
 def test_a_precision_without_bound_gives_the_trained_model(run: Path, tmp_path: Path):
