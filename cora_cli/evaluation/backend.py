@@ -60,6 +60,7 @@ def open_transformers(
     The members of an ensemble become one model. Raises `CoraError` if one of them cannot be loaded, or they cannot be averaged.
     """
     loaded: list[Any] = []
+    shares: list[float] = []
     kinds: list[Any] = []
     not_merged = None
     lost: list[float] = []
@@ -75,7 +76,8 @@ def open_transformers(
         # One draw stands for all of a member. A copy of its own, since a mixture takes the place of its first model.
         kinds.append(copy.copy(drawn[0]))
         loaded += drawn
-    model = mixture(loaded) if len(loaded) > 1 else loaded[0]
+        shares += [1 / len(drawn)] * len(drawn)
+    model = mixture(loaded, shares) if len(loaded) > 1 else loaded[0]
     sizes = {one.config.get_text_config(decoder=True).vocab_size for one in loaded}
     if len(sizes) > 1:
         raise CoraError(f"{target.name}: the members have vocabularies of {' and '.join(map(str, sorted(sizes)))} tokens")

@@ -298,7 +298,9 @@ def _ensemble_settings(target: Target) -> dict[str, Any]:
     if not target.others:
         return {}
     members = [[one.base.content_hash(), one.adapter and one.adapter.content_hash()] for one in target.members]
-    return {"adapter_sha256": hashing.sha256_json(members), "members": members}
+    # Earlier versions took the mean over all draws of all members.
+    weighted = {"mean": "over members"} if len({max(one.draws, 1) for one in target.members}) > 1 else {}
+    return {"adapter_sha256": hashing.sha256_json(members), "members": members, **weighted}
 
 
 def _open(

@@ -14,13 +14,14 @@ _CACHES = ("past_key_values", "cache_params", "state")
 """What transformers calls the state that a forward pass continues, by family."""
 
 
-def mixture(members: Sequence[Any]) -> Any:
-    """The first member, changed so that its logits are log (1/M)·Σ_m softmax(logits of member m), in float32 at least.
+def mixture(members: Sequence[Any], shares: Sequence[float] | None = None) -> Any:
+    """The first member, changed so that its logits are log Σ_m w_m·softmax(logits of member m), in float32 at least.
 
-    It is used like any model of transformers. Every member keeps a state of its own: the first has the caller's, which must be empty
+    The weights w_m are in the proportion of `shares`, equal without. It is used like any model of transformers. Every member keeps a state of its own: the first has the caller's, which must be empty
     when it is first seen, and each other one has a copy.
     """
     first, others = members[0], members[1:]
+    weights = [share / shares[0] for share in shares] if shares else [1.0] * len(members)
     alone = first.forward
     states: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
     latest: dict[str, tuple[Any, list[Any]]] = {}  # of what takes no weak references: RWKV's list, and the tuples of older code
@@ -52,12 +53,12 @@ def mixture(members: Sequence[Any]) -> Any:
         for place, member in enumerate(others):
             own = {name: states_of[place] for name, states_of in continued.items()}
             theirs.append(member(*args, **{**kwargs, **own}))
-            log_p = torch.logaddexp(log_p, _log_probabilities(theirs[-1].logits))
+            log_p = torch.logaddexp(log_p, _log_probabilities(theirs[-1].logits) + math.log(weights[place + 1]))
         for name in _CACHES:
             # A family may create its state in the first forward pass, or anew in each.
             if (created := getattr(output, name, None)) is not None and created is not given.get(name):
                 keep(name, created, [getattr(other, name) for other in theirs])
-        output.logits = log_p - math.log(len(members))
+        output.logits = log_p - math.log(sum(weights))
         return output
 
     first.forward = forward

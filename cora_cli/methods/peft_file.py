@@ -70,6 +70,8 @@ class PeftFile(Method):
         if stated.get("r") is not None or not hasattr(config, "r"):
             return []
         default = next(field.default for field in dataclasses.fields(type(config)) if field.name == "r")
+        if default == 0:
+            return [f"--peft-config states no r, without which {stated['peft_type']} has no rank, so --rank has no effect"]
         alpha = (
             f", with its default of lora_alpha, {config.lora_alpha}"
             if hasattr(config, "lora_alpha") and "lora_alpha" not in stated

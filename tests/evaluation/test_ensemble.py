@@ -76,6 +76,20 @@ def test_probabilities_are_the_means_of_the_members_and_so_the_nll_is_at_most_th
     assert len(average.record["generation"]["settings"]["members"]) == 3
 
 
+def test_a_member_with_draws_counts_as_much_as_one_without(
+    members: tuple[Path, ...], alone: list[Path], tiny_model: Path, tiny_data: Path, tmp_path: Path
+):
+    drawn = make_run(tiny_model, tiny_data, tmp_path / "drawn", mode="scalabl", rank=4)
+    evaluate_run(drawn, metrics=("nll",), output_dir=str(tmp_path / "own"), draws=3)
+    [average] = ensemble((members[0], drawn), tmp_path / "both", draws=3)
+    assert average.record["generation"]["settings"]["draws"] == [0, 3]
+    every = [
+        [nll for record in tokens(place, "nll") for nll in record] for place in (tmp_path / "both", alone[0], tmp_path / "own")
+    ]
+    for found, plain, of_draws in zip(*every, strict=True):
+        assert found == pytest.approx(-math.log((math.exp(-plain) + math.exp(-of_draws)) / 2), rel=1e-4)
+
+
 def test_it_answers_with_the_most_likely_token_of_the_mean(members: tuple[Path, ...], tiny_model: Path, tmp_path: Path):
     base = lambda: AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)  # noqa: E731
     models = [load_adapter(base(), resolve_model(str(run))) for run in members[:2]]

@@ -453,6 +453,19 @@ def test_a_rank_that_the_file_leaves_open_is_that_of_the_flag(load):
     assert ranks == [RANK, 2]
 
 
+@pytest.mark.parametrize(
+    ("stated", "made"), [({}, (0, 32)), ({"oft_block_size": 16}, (0, 16)), ({"r": 4, "oft_block_size": 0}, (4, 0))]
+)
+def test_a_method_that_counts_blocks_gets_no_rank_that_its_file_does_not_state(stated, made):
+    planned = plan("peft", peft={"peft_type": "OFT", **stated})
+    config = configured(planned)
+    assert (config.r, config.oft_block_size) == made
+    said = METHODS["peft"].notices(planned)
+    assert said == (
+        [] if "r" in stated else ["--peft-config states no r, without which OFT has no rank, so --rank has no effect"]
+    )
+
+
 @pytest.mark.parametrize("values", [None, [], {}, {"r": 4}, {"peft_type": "LORA", "target_modules": ".*_proj"}])
 def test_a_file_that_is_no_configuration_is_a_usage_error(values):
     with pytest.raises(UsageError, match="--peft-config"):

@@ -59,7 +59,8 @@ def peft_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
     for name, effect in _MORE_THAN_LAYERS.items():
         if (stated := values.get(name)) or (stated is not None and name.endswith("_config")):
             raise CoraError(f"--peft-config: {name} {effect}, which `cora train` does not do; leave it out")
-    has_rank = "r" in {field.name for field in dataclasses.fields(config_class)}
+    # OFT counts blocks unless it is given a rank.
+    has_rank = any(field.name == "r" and field.default != 0 for field in dataclasses.fields(config_class))
     settings = ({"r": rank} if has_rank else {}) | {
         key: value for key, value in values.items() if key not in ("peft_type", "inference_mode")
     }
