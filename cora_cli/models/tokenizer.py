@@ -37,12 +37,7 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
         model = adapter
     tokenizer = _load(model, trust_remote_code)
     if model != base and _gives_other_tokens(model, tokenizer):
-        # Without config.json transformers goes by the class that tokenizer_config.json states, which for some types it knows to be wrong.
-        with contextlib.suppress(Exception):
-            as_of_base = _read(
-                model, trust_remote_code, config=AutoConfig.from_pretrained(base.path, trust_remote_code=trust_remote_code)
-            )
-            tokenizer = tokenizer if _gives_other_tokens(model, as_of_base) else as_of_base
+        tokenizer = _as_described(model, base, trust_remote_code) or tokenizer
     _refuse_empty(model, tokenizer)
     _say_other_templates(model, tokenizer)
     if adapter is not None and not adapter.has_tokenizer and adapter.chat_template.is_file():
@@ -89,6 +84,24 @@ def _load(model: ModelPath, trust_remote_code: bool) -> Any:
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
     model.require_unchanged()
     return tokenizer
+
+
+def _as_described(model: ModelPath, base: ModelPath, trust_remote_code: bool) -> Any | None:
+    """An adapter's tokenizer, read so that it gives the tokens that its tokenizer.json describes; None where nothing does.
+
+    The program that trained the adapter wrote that file. Without config.json transformers goes by the class in tokenizer_config.json, which for some
+    types it knows to be wrong, and not by settings of the class that it has not written.
+    """
+    with contextlib.suppress(Exception):
+        config = AutoConfig.from_pretrained(base.path, trust_remote_code=trust_remote_code)
+        by_type = _read(model, trust_remote_code, config=config)
+        if not _gives_other_tokens(model, by_type):
+            return by_type
+    with contextlib.suppress(Exception):
+        as_it_is = PreTrainedTokenizerFast.from_pretrained(model.path)
+        if not _gives_other_tokens(model, as_it_is):
+            return as_it_is
+    return None
 
 
 def _read(model: ModelPath, trust_remote_code: bool, **settings: Any) -> Any:
