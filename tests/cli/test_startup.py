@@ -119,6 +119,7 @@ def test_shells_are_given_a_completion_that_imports_nothing_heavy(tmp_path, monk
     assert not set(json.loads(path.read_text())) & ((HEAVY | METRICS) - {"pydantic"})
 
 
+@pytest.mark.slow
 def test_training_imports_no_metric_no_decomposition_and_no_generation(tiny_model, tiny_data, tmp_path):
     settings = [
         "--mode",

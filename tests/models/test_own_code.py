@@ -210,7 +210,7 @@ GENERATES = {"generates": "GenerationMixin, ", "base": ", GenerationMixin"}
     ("tied", "changes"),
     [
         pytest.param(False, {}, marks=pytest.mark.slow),
-        (True, {}),
+        pytest.param(True, {}, marks=pytest.mark.slow),
         (False, {"methods": OLD, "arguments": "input_ids, attention_mask=None"}),
         pytest.param(True, {**GENERATES, "arguments": "input_ids, **rest"}, marks=pytest.mark.slow),
         pytest.param(

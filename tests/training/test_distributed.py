@@ -184,7 +184,7 @@ def fail_in(place: str, rank: int) -> None:
         setattr(pkgutil.resolve_name(f"cora_cli.training.{owner}"), name, fail)
 
 
-@pytest.mark.parametrize("place", ["run.open_directory", "run.write_start"])
+@pytest.mark.parametrize("place", [pytest.param("run.open_directory", marks=pytest.mark.slow), "run.write_start"])
 def test_an_error_of_a_library_in_the_first_process_ends_all_with_a_sentence(
     place: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
