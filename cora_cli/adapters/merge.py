@@ -1,6 +1,5 @@
 """Merges an adapter into its base and writes the result as a plain model."""
 
-import contextlib
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -187,17 +186,13 @@ def _check_written(directory: Path, adapter: ModelPath, trust_remote_code: bool)
 
 def _ends(adapter: ModelPath, tokenizer: Any) -> set[int]:
     """The tokens by which the adapter's training ended answers, as far as that is known; of another program's, those of its chat template, if any."""
-    known = trained_on(adapter)
     if tokenizer is None:
         return set()
-    if known is None:
-        template = Template("chat" if tokenizer.chat_template else "plain", "prompt", tokenizer)
-        with contextlib.suppress(CoraError):  # one that cannot be rendered may not be the training's
-            return template.ends
+    known = trained_on(adapter)
+    name = known.template if known else "chat" if tokenizer.chat_template else "plain"
+    if name is None or (name == "chat" and not tokenizer.chat_template):
         return set()
-    if known.template is None or (known.template == "chat" and not tokenizer.chat_template):
-        return set()
-    return Template(cast("TemplateName", known.template), "prompt", tokenizer, known.date).ends
+    return Template(cast("TemplateName", name), "prompt", tokenizer, known.date if known else None).ends
 
 
 def _round(merged: Any, kinds: Mapping[str, torch.dtype], adapter: ModelPath, others: torch.dtype) -> None:

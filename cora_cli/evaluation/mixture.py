@@ -17,8 +17,8 @@ _CACHES = ("past_key_values", "cache_params", "state")
 def mixture(members: Sequence[Any], shares: Sequence[float] | None = None) -> Any:
     """The first member, changed so that its logits are log Σ_m w_m·softmax(logits of member m), in float32 at least.
 
-    The weights w_m are in the proportion of `shares`, equal without. It is used like any model of transformers. Every member keeps a state of its own: the first has the caller's, which must be empty
-    when it is first seen, and each other one has a copy.
+    The weights w_m are in the proportion of `shares`, and equal without. It is used like any model of transformers. Every member keeps a state of its
+    own: the first has the caller's, which must be empty when it is first seen, and each other one has a copy.
     """
     first, others = members[0], members[1:]
     weights = [share / shares[0] for share in shares] if shares else [1.0] * len(members)

@@ -1,6 +1,5 @@
 """Load and write tokenizers, and say where their files contradict each other or what transformers makes of them."""
 
-import contextlib
 import inspect
 import itertools
 import json
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
 from cora_cli import writing
@@ -36,8 +35,11 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
     if adapter is not None and adapter.has_tokenizer:
         model = adapter
     tokenizer = _load(model, trust_remote_code)
-    if model != base and _gives_other_tokens(model, tokenizer):
-        tokenizer = _as_described(model, base, trust_remote_code) or tokenizer
+    is_other = _gives_other_tokens(model, tokenizer)
+    if is_other and model != base and _is_of_transformers(tokenizer):
+        # The program that trained the adapter wrote the file. Without config.json transformers goes by the class in tokenizer_config.json, which for some
+        # types it knows to be wrong, and not by settings of the class that it has not written.
+        tokenizer, is_other = PreTrainedTokenizerFast.from_pretrained(model.path), False
     _refuse_empty(model, tokenizer)
     _say_other_templates(model, tokenizer)
     if adapter is not None and not adapter.has_tokenizer and adapter.chat_template.is_file():
@@ -51,7 +53,7 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
                 "it as UTF-8 without one"
             )
     _say_special_tokens(model, tokenizer)
-    if _gives_other_tokens(model, tokenizer):
+    if is_other:
         note(
             f"{model.reference}: transformers splits text as its {type(tokenizer).__name__} does, into other tokens than tokenizer.json describes; "
             "other programs, and other versions of transformers, may split it as that file says"
@@ -70,7 +72,8 @@ def _load(model: ModelPath, trust_remote_code: bool) -> Any:
         if file.suffix == ".jinja" or not (model.path / "tokenizer.json").exists():
             refuse_pointer(file)
     try:
-        tokenizer = _read(model, trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code, mistral_format=False)
+        tokenizer("")  # some of its settings are read only now; no letter, since it may know none but those of DNA
     except Exception as error:  # unrelated types, as in `load_model`
         for file in model.tokenizer_files():
             refuse_pointer(file)
@@ -86,28 +89,9 @@ def _load(model: ModelPath, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _as_described(model: ModelPath, base: ModelPath, trust_remote_code: bool) -> Any | None:
-    """An adapter's tokenizer, read so that it gives the tokens that its tokenizer.json describes; None where nothing does.
-
-    The program that trained the adapter wrote that file. Without config.json transformers goes by the class in tokenizer_config.json, which for some
-    types it knows to be wrong, and not by settings of the class that it has not written.
-    """
-    with contextlib.suppress(Exception):
-        config = AutoConfig.from_pretrained(base.path, trust_remote_code=trust_remote_code)
-        by_type = _read(model, trust_remote_code, config=config)
-        if not _gives_other_tokens(model, by_type):
-            return by_type
-    with contextlib.suppress(Exception):
-        as_it_is = PreTrainedTokenizerFast.from_pretrained(model.path)
-        if not _gives_other_tokens(model, as_it_is):
-            return as_it_is
-    return None
-
-
-def _read(model: ModelPath, trust_remote_code: bool, **settings: Any) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code, mistral_format=False, **settings)
-    tokenizer("")  # some of its settings are read only now; no letter, since it may know none but those of DNA
-    return tokenizer
+def _is_of_transformers(tokenizer: Any) -> bool:
+    """Whether a tokenizer is of a class of transformers, and not of code that comes with a model."""
+    return type(tokenizer).__module__.startswith("transformers.")
 
 
 def _refuse_without_end(model: ModelPath, tokenizer: Any) -> None:
@@ -167,7 +151,7 @@ def save_tokenizer(tokenizer: Any, directory: Path, output: Path) -> None:
         taken["auto_map"] = {**own, "AutoTokenizer": pair}
     if taken:
         writing.write_json(path, {**written, **taken})
-    if type(tokenizer).__module__.startswith("transformers."):
+    if _is_of_transformers(tokenizer):
         _say_read_otherwise(tokenizer, directory, output)
 
 

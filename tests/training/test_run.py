@@ -324,8 +324,8 @@ def test_the_curve_of_a_run_that_stopped_at_one_of_its_points_is_complete(
     )
     train(replace(config, stop_at=2))
     train(config)
-    train(replace(config, output_dir=str(tmp_path / "whole")))
-    assert log_lines(tmp_path / "run") == log_lines(tmp_path / "whole")
+    train(replace(config, output_dir=str(tmp_path / "unstopped")))
+    assert log_lines(tmp_path / "run") == log_lines(tmp_path / "unstopped")
     assert [line["step"] for line in log_lines(tmp_path / "run") if "heldout_loss" in line] == [2]
 
 
