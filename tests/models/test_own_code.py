@@ -21,6 +21,7 @@ from cora_cli.experiments.ablate import Request, dry_run
 from cora_cli.methods.parts.layers import without_cache
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import check_names, load_model
+from cora_cli.models.model_path import ModelPath
 from cora_cli.models.own_code.ties import listed_ties
 from cora_cli.models.precision import computing_in
 from cora_cli.models.references import resolve_model
@@ -86,6 +87,23 @@ def test_a_tokenizer_with_code_of_its_own_loads_again_where_it_was_written(tiny_
     again = load_tokenizer(resolve_model(str(written)), trust_remote_code=True)
     assert type(again).__name__ == "OwnTokenizer"
     assert again("a text")["input_ids"] == loaded("a text")["input_ids"]
+
+
+def test_the_code_of_an_adapter_s_tokenizer_decides_its_tokens_whatever_its_file_describes(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter = Path(
+        shutil.copytree(tiny_model, tmp_path / "adapter", ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    )
+    (adapter / "tokenization_own.py").write_text(
+        "from tokenizers.normalizers import Lowercase\nfrom transformers import PreTrainedTokenizerFast\n\n\n"
+        "class LowerTokenizer(PreTrainedTokenizerFast):\n    def __init__(self, *args, **kwargs):\n        super().__init__(*args, **kwargs)\n"
+        "        self.backend_tokenizer.normalizer = Lowercase()\n"
+    )
+    names = {"tokenizer_class": "LowerTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_own.LowerTokenizer"]}}
+    edit(adapter / "tokenizer_config.json", **names)
+    found = load_tokenizer(resolve_model(str(tiny_model)), True, ModelPath("adapter", adapter, None))
+    assert found("It IS")["input_ids"] == found("it is")["input_ids"]
 
 
 OWN_MODEL = """
