@@ -200,11 +200,15 @@ def _handler(state: Server) -> type[http.server.BaseHTTPRequestHandler]:
     return Handler
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 64  # with Python's 5, a connection of a burst is lost and tried again only after a second
+
+
 @contextmanager
 def serving(**settings: Any) -> Iterator[Server]:
     """A running server; ends with the block."""
     state = Server(**settings)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(state))
+    server = _Server(("127.0.0.1", 0), _handler(state))
     server.daemon_threads = True
     state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
