@@ -56,6 +56,17 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def begins_as(path: Path, sha256: str) -> bool:
+    """Whether the file, to which lines may have been added since, has this hash up to the end of one of its lines."""
+    so_far = hashlib.sha256()
+    with path.open("rb") as file:
+        for line in file:
+            if so_far.hexdigest() == sha256:
+                return True
+            so_far.update(line)
+    return so_far.hexdigest() == sha256
+
+
 def _is_hub_blob(path: Path) -> bool:
     """Whether a file lies among the blobs of the hub's own cache; elsewhere a name that looks like a hash proves nothing."""
     from huggingface_hub.constants import HF_HUB_CACHE

@@ -109,9 +109,9 @@ def _answered_again(judged: Judged, evaluated: Container[Path]) -> Path | None:
 
 def _judged_in(place: JudgeDirectory, known: _Rows) -> Judged:
     record = records.read_sealed(place.result, records.Judging)
-    if not place.judgments.is_file() or hashing.sha256_file(place.judgments) != record["judgments_sha256"]:
+    if not place.judgments.is_file() or not hashing.begins_as(place.judgments, record["judgments_sha256"]):
         raise CoraError(
-            f"{place.judgments} is not the file that {place.result.name} describes; run the same `cora judge` command again, which asks for "
+            f"{place.judgments} does not begin with the lines that {place.result.name} describes; run the same `cora judge` command again, which asks for "
             "nothing that is answered"
         )
     printed, groups = {}, set()

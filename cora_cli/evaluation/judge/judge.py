@@ -17,7 +17,7 @@ from cora_cli.evaluation.judge.answers import Answers, load_answers
 from cora_cli.evaluation.judge.asking import Call, Judge, NoReply
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.evaluation.judge.endpoint import Endpoint
-from cora_cli.evaluation.judge.judgments import CUT, Judgments, begins_as, estimated_tokens
+from cora_cli.evaluation.judge.judgments import CUT, Judgments, estimated_tokens
 from cora_cli.evaluation.judge.measures import measure_rubric
 from cora_cli.evaluation.judge.questions import Question, all_questions
 from cora_cli.evaluation.judge.rubrics import Rubric, load_rubric
@@ -131,7 +131,7 @@ def _check_nothing_is_lost(work: _Work) -> None:
             f"{out.result} holds the judgment of {' and '.join(f'another {name}' if name == 'judge' else f'other {name}' for name in differing)}; "
             "choose another --output-dir, or replace it with --overwrite, which keeps all judgments.jsonl"
         )
-    if out.judgments.is_file() and not begins_as(out.judgments, recorded["judgments_sha256"]):
+    if out.judgments.is_file() and not hashing.begins_as(out.judgments, recorded["judgments_sha256"]):
         raise CoraError(
             f"{out.judgments} was changed since {out.result} was written, which describes other lines; restore it, or use it as it is with --overwrite"
         )
@@ -158,7 +158,6 @@ def _ask_all(work: _Work, judgments: Judgments) -> None:
             settled = set()
             for call, result in work.judge.ask([call for *_, call in calls.values()], budget.allows):
                 question, attempt, _ = calls[call.number]
-                work.out.result.unlink(missing_ok=True)  # it describes the file without this line
                 line = judgments.add(question, attempt, call.message, result, config.max_tokens)
                 budget.settle(call)
                 out_of_tries = line["outcome"] == "malformed" and attempt + 1 >= config.tries

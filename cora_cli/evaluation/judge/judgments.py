@@ -4,7 +4,6 @@ Failures are kept too, for their cost and their reasons, but they are no judgmen
 """
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -29,17 +28,6 @@ CUT = "it was cut off at the limit of its length"
 def estimated_tokens(message: str) -> int:
     """About how many tokens a message has, rather too many than too few."""
     return len(message.encode()) // BYTES_PER_TOKEN + 16
-
-
-def begins_as(path: Path, sha256: str) -> bool:
-    """Whether the file, to which lines may have been added since, has this hash up to the end of one of its lines."""
-    so_far = hashlib.sha256()
-    with path.open("rb") as file:
-        for line in file:
-            if so_far.hexdigest() == sha256:
-                return True
-            so_far.update(line)
-    return so_far.hexdigest() == sha256
 
 
 class Judgments:

@@ -386,11 +386,26 @@ def test_a_run_that_cannot_start_leaves_the_result_in_place(server, answers, tmp
 def test_a_report_refuses_judgments_that_were_changed(server, answers) -> None:
     cora("judge", "--from", answers, *at(server))
     out = answers.parent / "judge"
-    with (out / "judgments.jsonl").open("a") as file:
-        file.write("\n")
+    lines = (out / "judgments.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "judgments.jsonl").write_bytes(b"".join(lines[:-1]))
     result = cora("report", out)
     assert result.exit_code == 1
-    assert "is not the file that judge.json describes" in result.output
+    assert "does not begin with the lines that judge.json describes" in result.output
+
+
+def test_an_endpoint_that_is_gone_takes_no_result_with_it(server, answers) -> None:
+    server.fault = lambda n: "garbage" if n % 7 == 0 else None
+    assert cora("judge", "--from", answers, *at(server, "--tries", "1")).exit_code == 0
+    result = answers.parent / "judge" / "judge.json"
+    before = result.read_bytes()
+    assert json.loads(before)["rubrics"]["paper"]["failed"]
+    server.fault = lambda n: "503"
+    assert cora("judge", "--from", answers, *at(server, "--retries", "0")).exit_code == 1
+    assert result.read_bytes() == before
+    assert cora("report", answers.parent / "judge").exit_code == 0
+    server.fault = lambda n: None
+    assert cora("judge", "--from", answers, *at(server)).exit_code == 0
+    assert not json.loads(result.read_bytes())["rubrics"]["paper"]["failed"]
 
 
 def test_a_damaged_result_is_refused_in_one_sentence(server, answers) -> None:
