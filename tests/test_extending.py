@@ -47,7 +47,7 @@ def with_examples(package: Path) -> None:
 def ran(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which the page's commands ran, and what they printed."""
     package, place = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("work")
-    shutil.copytree(ROOT / "cora_cli", package / "cora_cli", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "cora_cli", package / "cora_cli")
     with_examples(package)
     tickets = [
         {"subject": f"Order {n}", "body": f"Where is order {n}?", "reply": f"On its way, number {n}."} for n in range(24)

@@ -21,6 +21,8 @@ from cora_cli.training.proposal import rates_around
 
 from .helpers import PretendLauncher, SweepLauncher, grid_of, inputs_of, plan_of, run_staged, staged_grid, value_of
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 PROPOSED = {"lora": 2e-3, "fb": 7e-4}
 FB = {"mode": "fb", "sources": ["c"], "learning_rate": "auto"}
 GRID = ({"mode": "base"}, {"mode": "lora", "learning_rate": "auto"}, FB)

@@ -19,6 +19,8 @@ from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import read_plan
 from tests.experiments.helpers import PretendLauncher, grid_of, inputs_of, plan_of, run_plan
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 LAPLACE = {"limit": 8, "directions": 4}
 
 
@@ -119,8 +121,7 @@ def test_a_run_that_two_rows_of_a_sweep_share_goes_as_far_as_one_of_them_needs()
         assert "--stop-at" in plan.steps[f"train-{early.run}"].argv
 
 
-def test_a_changed_approximation_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cora_cli.experiments.execute._POLL_SECONDS", 0)
+def test_a_changed_approximation_is_made_again(tmp_path: Path) -> None:
     plan = plan_of(grid_of({"mode": "lora", "laplace": {}}), tmp_path)
 
     def carry_out() -> list[str]:

@@ -18,6 +18,8 @@ from cora_cli.reading import read_json
 from tests.evaluation.judge.server import serving
 from tests.experiments.helpers import BASE, PretendLauncher, grid_of, inputs_of, plan_of, run_plan
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 JUDGE = {"judge_model": "judge", "rubric": ["paper"], "limit": 2}
 ROWS = ({"mode": "base"}, {"mode": ["fb", "lora"]})
 

@@ -33,6 +33,8 @@ from .helpers import (
     value_of,
 )
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def distance(mode: str, rate: float, step: int) -> float:
     """3e-3 is best, and no rate is within the slack of it."""
