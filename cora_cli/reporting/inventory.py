@@ -15,7 +15,7 @@ from cora_cli.lock import is_held
 from cora_cli.methods.registry import label_of
 from cora_cli.progress import say
 from cora_cli.reading import parse_json
-from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory, evaluations_in
+from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
 from cora_cli.writing import holds_files
 
 OPAQUE = frozenset({"checkpoints", "adapter", "model", "plots", "logs", "judge"})
@@ -44,8 +44,6 @@ def inventory(root: Path) -> list[Entry]:
     for folder, files in sorted(folders_below(root)):
         if (run := RunDirectory(folder)).exists():
             found.append(_run(run))
-            if folder.is_symlink():  # nothing below it is searched
-                found += map(_evaluation, evaluations_in(run))
         if (evaluation := EvaluationDirectory(folder)).generation.is_file() or evaluation.metrics.is_file():
             found.append(_evaluation(evaluation))
         found += [basis for name in files if name.endswith(".safetensors") if (basis := _basis(folder / name))]
@@ -77,11 +75,20 @@ def not_an_output(root: Path) -> CoraError:
 
 
 def folders_below(root: Path, opaque: frozenset[str] = OPAQUE) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder below `root` except the `opaque` ones inside outputs, and its files, by name. A link to a folder is one of them, but
-    what is below it is not searched.
+    """Every folder below `root` except the `opaque` ones inside outputs, and its files, by name. A link to a folder is one of them; what
+    is below it is searched if it is an output, and not further than to the next link.
 
     Says which folders cannot be read.
     """
+    for place, files, links in _walk(root, opaque):
+        yield place, files
+        for link in links:
+            for folder, held, _ in _walk(link, opaque, deeper=_is_output(link)):
+                yield folder, held
+
+
+def _walk(root: Path, opaque: frozenset[str], deeper: bool = True) -> Iterator[tuple[Path, list[str], list[Path]]]:
+    """`root` and, if `deeper`, the folders below it, each with its files and its links to folders."""
 
     def unreadable(error: OSError) -> None:
         say(f"{error.filename} is left out, since it cannot be read: {error.strerror}")
@@ -89,13 +96,10 @@ def folders_below(root: Path, opaque: frozenset[str] = OPAQUE) -> Iterator[tuple
     for name, folders, files in os.walk(root, onerror=unreadable):
         place = Path(name)
         hidden = opaque if _is_output(place) else ()
-        folders[:] = sorted(folder for folder in folders if folder not in hidden and not folder.startswith("."))
-        yield place, sorted(files)
-        for link in (place / folder for folder in folders if (place / folder).is_symlink()):
-            try:
-                yield link, sorted(entry.name for entry in link.iterdir())
-            except OSError as error:
-                unreadable(error)
+        folders[:] = (
+            sorted(folder for folder in folders if folder not in hidden and not folder.startswith(".")) if deeper else []
+        )
+        yield place, sorted(files), [place / folder for folder in folders if (place / folder).is_symlink()]
 
 
 def _is_output(folder: Path) -> bool:

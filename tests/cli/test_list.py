@@ -139,6 +139,18 @@ def test_an_interrupt_says_what_is_kept(capsys):
     assert capsys.readouterr().err == "cora: interrupted; all is kept\n"
 
 
+def test_a_link_to_a_grid_is_that_grid(folder, tmp_path):
+    (folder / "grid" / "again").symlink_to(folder)  # no link below a link is followed
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "one").symlink_to(folder / "grid")
+    linked = [entry.path.relative_to(tmp_path / "links" / "one") for entry in inventory(tmp_path / "links")]
+    assert len(linked) > 1
+    assert linked == [
+        place for entry in inventory(folder / "grid") if (place := entry.path.relative_to(folder / "grid")).parts[0] != "again"
+    ]
+    assert outputs_below(tmp_path / "links") == [tmp_path / "links" / "one"]
+
+
 def test_runs_are_found_whatever_their_folder_is_called_and_through_links(folder, tmp_path, capsys, monkeypatch):
     run = next((folder / "grid/runs").glob("*lora*"))
     shutil.copytree(run, folder / "adapter")
