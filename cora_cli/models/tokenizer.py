@@ -19,8 +19,15 @@ from cora_cli.models.model_path import ModelPath
 from cora_cli.progress import note
 from cora_cli.reading import read_foreign, read_json, read_text, refuse_pointer
 
-_OF_ALL_KINDS = "It's 1,234 or 2026: naïve café\n\n    def f(x):\treturn x + 10  # 中文 Привет 😀 DON'T"
-"""A text of what tokenizers split in different ways: numbers, apostrophes, white space, letters of several alphabets."""
+_OF_ALL_KINDS = (
+    "It's 1,234 or 2026: naïve café\n\n    def f(x):\treturn x + 10  # 中文 Привет 😀 DON'T"
+    " HelloWorld x_y http://x.y/a?b=1 (...)!!\n) 12345678 'll\r\n \n"
+    " cafe\u0301 \u212b ＡＢ１２（ｶﾞ）？ ﬁ ½ x² ™ ㈱ …"
+    " हिन्दी ไทย עִבְרִית العربيّة 한국어"
+    " a\u00a0b\u3000c\u200bd\u200de\u00ad  f   "
+)
+"""A text of what tokenizers split in different ways: numbers, apostrophes, capital letters within a word, signs in front of a new line; letters of several
+alphabets, and their marks; what the normal forms of Unicode (NFC, NFKC) write otherwise; white space."""
 _ADDED = 100
 """How many of a tokenizer's added tokens are tried; some reserve thousands."""
 
@@ -158,8 +165,8 @@ def save_tokenizer(tokenizer: Any, directory: Path, output: Path) -> None:
 def _say_read_otherwise(tokenizer: Any, directory: Path, output: Path) -> None:
     """Say so where transformers takes what was written into `directory` for another tokenizer: next to a model, it goes by the type."""
     again = _load(ModelPath(str(output), directory, None), trust_remote_code=False)
-    text = _text_of_all_kinds(tokenizer.added_tokens_decoder.values())
-    if again(text)["input_ids"] != tokenizer(text)["input_ids"]:
+    texts = _texts_of_all_kinds(tokenizer.added_tokens_decoder.values())
+    if any(_tokens(again, text) != _tokens(tokenizer, text) for text in texts):
         note(
             f"{output}: transformers reads this tokenizer as its {type(again).__name__}, which gives other tokens than the tokenizer of "
             f"{tokenizer.name_or_path}, from which it was written; PreTrainedTokenizerFast.from_pretrained reads tokenizer.json as it is"
@@ -180,9 +187,17 @@ def _say_special_tokens(model: ModelPath, tokenizer: Any) -> None:
             )
 
 
-def _text_of_all_kinds(added: Iterable[Any]) -> str:
-    """A text with the `added` tokens of a tokenizer: some tokenizers differ only behind a control token, as in every chat."""
-    return "".join([_OF_ALL_KINDS, *(f"{token.content}It is" for token in itertools.islice(added, _ADDED))])
+def _texts_of_all_kinds(added: Iterable[Any]) -> list[str]:
+    """Texts by which tokenizers can be told apart, one with their `added` tokens: some tokenizers differ only around a control token, as in every chat."""
+    spelled = "".join(f"{token.content}It is {token.content} \n" for token in itertools.islice(added, _ADDED))
+    return [_OF_ALL_KINDS, spelled, " It is", "\nIt is"]
+
+
+def _tokens(tokenizer: Any, text: str, ends: bool = True) -> list[int]:
+    """The tokens of a text, without a change to the tokenizer: CodeLlama's is another one after a text with its token for infilling."""
+    if tokenizer.is_fast:
+        return [*tokenizer.backend_tokenizer.encode(text, add_special_tokens=ends).ids]
+    return [*tokenizer(text, add_special_tokens=ends)["input_ids"]]
 
 
 def _gives_other_tokens(model: ModelPath, tokenizer: Any) -> bool:
@@ -196,8 +211,14 @@ def _gives_other_tokens(model: ModelPath, tokenizer: Any) -> bool:
     described = Tokenizer.from_file(str(path))
     described.no_truncation()
     described.no_padding()
-    text = _text_of_all_kinds(described.get_added_tokens_decoder().values())
-    return described.encode(text, add_special_tokens=False).ids != [*tokenizer(text, add_special_tokens=False)["input_ids"]]
+    config = model.path / "tokenizer_config.json"
+    stated = read_foreign(config, dict[str, Any]) if config.is_file() else {}
+    # Where the tokens at both ends are settings, these decide and not tokenizer.json.
+    ends = not {"add_bos_token", "add_eos_token"} & stated.keys()
+    return any(
+        described.encode(text, add_special_tokens=ends).ids != _tokens(tokenizer, text, ends)
+        for text in _texts_of_all_kinds(described.get_added_tokens_decoder().values())
+    )
 
 
 def _named_templates(templates: list[Any], path: Path) -> dict[str, Any]:

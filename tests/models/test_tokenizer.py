@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers
 from tokenizers.models import BPE, WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, CodeLlamaTokenizer, PreTrainedTokenizerFast
 
 from cora_cli import writing
 from cora_cli.errors import CoraError
@@ -124,3 +125,41 @@ def test_a_tokenizer_that_is_written_gives_the_tokens_of_the_one_that_was_read(l
         again = load_tokenizer(ModelPath(name, tmp_path / name, None))
         assert again.tokenize(f"{CONTROL}hi") == own.tokenize(f"{CONTROL}hi")
     assert "gives other tokens" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("difference", ["normal form", "start token"])
+def test_a_class_that_leaves_out_what_the_file_describes_is_named_and_not_taken_for_an_adapter(
+    difference, tiny_model, tmp_path, capsys
+):
+    """The class of GPT-NeoX has NFC as its normal form, and by itself no start token."""
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *sorted(ByteLevel.alphabet())])}
+    inner = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    inner.normalizer = normalizers.NFKC() if difference == "normal form" else normalizers.NFC()
+    if difference == "start token":
+        inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    for name in ("model", "adapter"):
+        PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>").save_pretrained(tmp_path / name)
+        place = tmp_path / name / "tokenizer_config.json"
+        stated = json.loads(place.read_text(encoding="utf-8"))
+        writing.write_json(place, {**stated, "tokenizer_class": "GPTNeoXTokenizer"})
+    model = of_type(tiny_model, "gpt_neox", tmp_path / "model")
+    described = inner.encode("１").ids
+    assert load_tokenizer(model)("１")["input_ids"] != described
+    assert OTHER_TOKENS in capsys.readouterr().err
+    assert load_tokenizer(model, adapter=ModelPath("adapter", tmp_path / "adapter", None))("１")["input_ids"] == described
+    assert OTHER_TOKENS not in capsys.readouterr().err
+
+
+def test_what_is_tried_with_a_tokenizer_leaves_it_as_it_is(tmp_path):
+    """CodeLlama's has a token behind which it sets other spaces in all texts that follow."""
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", "▁", *map(chr, range(33, 127))])}
+    tokenizer = CodeLlamaTokenizer(vocab=vocabulary, merges=[], add_prefix_space=False)
+    tokenizer.add_tokens(["<FILL_ME>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+    fresh = AutoTokenizer.from_pretrained(tmp_path).tokenize("hi")
+    found = load_tokenizer(ModelPath("model", tmp_path, None))
+    save_tokenizer(found, tmp_path, tmp_path)
+    assert found.tokenize("hi") == fresh
+    found("a <FILL_ME> b")
+    assert found.tokenize("hi") != fresh  # which is how a trial would show
