@@ -219,8 +219,8 @@ def _length(
         return products[0], products[1], products[2]
 
     def slope(sums: Floats, _: int) -> Floats:
-        both, lengths, _scores = within(sums)
-        return np.where(lengths > _ROUNDING, both / lengths, np.nan)
+        both, lengths, scores = within(sums)
+        return np.where((lengths > _ROUNDING) & (scores > _ROUNDING), both / lengths, np.nan)
 
     def correlation(sums: Floats, _: int) -> Floats:
         both, lengths, scores = within(sums)

@@ -34,6 +34,13 @@ def holds(found, truth):
     return found["ci95"][0] - 1e-9 <= truth <= found["ci95"][1] + 1e-9
 
 
+def test_a_judge_that_gives_one_score_to_everything_shows_no_slope(tmp_path) -> None:
+    found, _, _ = judged(tmp_path, Biases(good=20, bad=20), "paper")
+    assert {criterion["length_slope"] and criterion["length_slope"]["value"] for criterion in found["criteria"].values()} == {
+        None
+    }
+
+
 @pytest.mark.parametrize("slope", [pytest.param(0.0, marks=pytest.mark.slow), 4.0, pytest.param(-6.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("noise", [2.0, 8.0])
 def test_the_length_slope_and_the_noise_are_recovered(tmp_path, slope, noise) -> None:
