@@ -33,7 +33,7 @@ class EncodedSet:
     """Examples in the order of their records, and how many of them need a word to the user.
 
     `truncated` counts the prompts that lost their beginning to fit `max_length`, `dropped` the records whose response does not fit
-    at all and the `promptless` ones, `cut` the texts without prompt that lost their end, `empty` those with an empty answer, `control_tokens` the records whose text spells a control token, and `apart` those that the chat template renders
+    at all and the `promptless` ones, `cut` the texts without prompt that lost their end, `empty` those whose answer is empty or white space, `control_tokens` the records whose text spells a control token, and `apart` those that the chat template renders
     otherwise than prompt and answer (`Rendered.own_turn`). `left_out` has by role the records with text that it does not write, and `unknown` counts
     those with text that the tokenizer does not know.
     """
@@ -134,7 +134,7 @@ def notices(encoded: EncodedSet) -> list[str]:
         ),
         (encoded.cut, f"{encoded.cut} texts cut at the end, which is beyond the maximum length"),
         (encoded.promptless, f"{encoded.promptless} dropped because their prompt is empty"),
-        (encoded.empty, f"{encoded.empty} with an empty answer, of which only the end is trained"),
+        (encoded.empty, f"{encoded.empty} with an answer that is empty or white space"),
         (encoded.control_tokens, control_tokens_notice(encoded.control_tokens)),
         (
             encoded.apart,

@@ -195,7 +195,8 @@ def _read_csv(path: Path, delimiter: str = ",", quoting: Literal[0, 3] = csv.QUO
             if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
                 spaced = any(cell.startswith(' "') for cell in row)
                 remedy = "; quotes around a field begin right behind the delimiter, without a space" if spaced else ""
-                raise CoraError(f"{where}: the row has {len(row)} columns, but the header has {len(header)}{remedy}")
+                columns = "1 column" if len(row) == 1 else f"{len(row)} columns"
+                raise CoraError(f"{where}: the row has {columns}, but the header has {len(header)}{remedy}")
             unnamed |= set(range(len(header), len(row)))
             if lost := next((place for place in sorted(unnamed) if 0 < place < len(row) and row[place].strip()), None):
                 raise CoraError(

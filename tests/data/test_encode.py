@@ -187,7 +187,7 @@ def test_empty_prompts_and_empty_answers_are_counted_apart_from_long_records():
     assert notices(encoded) == [
         "0 prompts truncated, 1 records dropped as too long",
         "1 dropped because their prompt is empty",
-        "1 with an empty answer, of which only the end is trained",
+        "1 with an answer that is empty or white space",
     ]
     with pytest.raises(CoraError, match="all 1 training records were dropped: their prompts are empty"):
         encode_records(records[1:2], template, 20, "training")

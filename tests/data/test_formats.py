@@ -160,15 +160,15 @@ def test_objects_that_follow_each_other_are_sent_to_what_makes_them_an_array(tmp
     [
         ("prompt,completion\na,b\nc,d,e\n", 3, "the row has 3 columns, but the header has 2"),
         ('prompt,completion\n"a, b", "c, d"\n', 2, "quotes around a field begin right behind the delimiter, without a space"),
-        ("prompt,completion\na,b\nc\n", 3, "the row has 1 columns, but the header has 2"),
+        ("prompt,completion\na,b\nc\n", 3, "the row has 1 column, but the header has 2"),
         (
             "prompt,completion\na,b\nprompt,completion\nc,d\n",
             3,
             "the row repeats the header, as in files put one after the other",
         ),
         ('"prompt","completion"\na,b\n\ufeff"prompt","completion"\nc,d\n', 3, "the row repeats the header"),
-        ('prompt,completion\n"a\nb\nc",d\nlonely\n', 5, "the row has 1 columns"),
-        ('prompt,completion\na,b\n\n\n"c\nd"\n', 5, "the row has 1 columns"),
+        ('prompt,completion\n"a\nb\nc",d\nlonely\n', 5, "the row has 1 column"),
+        ('prompt,completion\na,b\n\n\n"c\nd"\n', 5, "the row has 1 column"),
         ('prompt,completion\na,b\nc,"never closed\nd,e\n', 3, "not valid CSV"),
         ('prompt,completion\na,b\nc,"d" e\n', 3, "not valid CSV"),
     ],
@@ -539,7 +539,7 @@ def test_csv_rows_of_empty_cells_are_left_out_and_counted(tmp_path, capfd):
     [
         ("prompt,completion,,\nq,a,,\nr,b,, and c\n", "line 3: column 4 has no name but holds ' and c'"),
         ("prompt,completion\nq,a\nr,b, and c\n", "line 3: the row has 3 columns, but the header has 2"),
-        ("prompt,completion,\nq\n", "line 2: the row has 1 columns, but the header has 3"),
+        ("prompt,completion,\nq\n", "line 2: the row has 1 column, but the header has 3"),
     ],
 )
 def test_text_in_a_csv_column_without_a_name_is_not_dropped(content, found, tmp_path):

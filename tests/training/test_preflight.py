@@ -456,7 +456,7 @@ def test_a_plan_says_of_the_records_what_the_run_would_say(tiny_model: Path, tmp
     preflight(config)
     planned = [line for line in capfd.readouterr().err.splitlines() if "records" in line or "columns" in line]
     training.train(config)
-    assert any("with an empty answer" in line for line in planned)
+    assert any("with an answer that is empty" in line for line in planned)
     assert any("columns that are not used: label" in line for line in planned)
     assert set(planned) <= set(capfd.readouterr().err.splitlines())
 
