@@ -151,6 +151,21 @@ def test_a_class_that_leaves_out_what_the_file_describes_is_named_and_not_taken_
     assert OTHER_TOKENS not in capsys.readouterr().err
 
 
+def test_a_tokenizer_without_tokens_for_most_texts_is_read_and_written(tmp_path):
+    """Such as those of DNA: the library raises where there is no token for a character, and none that stands for unknown ones."""
+    inner = Tokenizer(WordLevel({"</s>": 0, "A": 1, "C": 2}, unk_token="?"))
+    inner.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(tmp_path)
+    place = tmp_path / "tokenizer_config.json"
+    stated = json.loads(place.read_text(encoding="utf-8"))
+    for name in (None, "GPTNeoXTokenizer"):
+        writing.write_json(place, {**stated, **({"tokenizer_class": name} if name else {})})
+        found = load_tokenizer(ModelPath("model", tmp_path, None))
+        if name is None:
+            save_tokenizer(found, tmp_path, tmp_path)
+            assert load_tokenizer(ModelPath("model", tmp_path, None))("CA")["input_ids"] == [2, 1]
+
+
 def test_what_is_tried_with_a_tokenizer_leaves_it_as_it_is(tmp_path):
     """CodeLlama's has a token behind which it sets other spaces in all texts that follow."""
     vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", "▁", *map(chr, range(33, 127))])}
