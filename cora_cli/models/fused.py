@@ -131,6 +131,7 @@ _FAMILIES: dict[str, tuple[str, Callable[[Any], Layout]]] = {
     "openai-gpt": ("c_attn", _stacked),
     "persimmon": ("query_key_value", _by_head),
     "phi3": ("qkv_proj", _phi3),
+    "phi4_multimodal": ("qkv_proj", _phi3),
 }
 """The fused projection of each family and its layout, as transformers' own code takes it apart, by `model_type`."""
 

@@ -220,17 +220,25 @@ def fused_experts(model: torch.nn.Module) -> list[str]:
 
 
 def other_modalities(model: Any) -> frozenset[str]:
-    """The modules of a model of several modalities that are neither in its language model nor its embedding or head."""
-    if model.config.get_text_config(decoder=True) is model.config:
-        return frozenset()
+    """The modules of a model of several modalities that are no part of its language model.
+
+    These are the ones outside its decoder, its embedding and its head, and within the decoder the parts that are models with a kind of
+    configuration of their own, such as Phi-4-multimodal's encoders of images and sounds.
+    """
     modules = dict(model.named_modules())
-    decoder, ends = model.get_decoder(), (model.get_input_embeddings(), model.get_output_embeddings())
-    prefix = next(name for name, module in modules.items() if module is decoder)
-    return frozenset(
-        name
-        for name, module in modules.items()
-        if not f"{name}.".startswith(f"{prefix}.") and not any(module is end for end in ends)
-    )
+    text = model.config.get_text_config(decoder=True)
+    kinds = {type(model.config), type(text)}
+    parts = [name for name, part in modules.items() if isinstance(part, PreTrainedModel) and type(part.config) not in kinds]
+    others = {name for name in modules if any(f"{name}.".startswith(f"{part}.") for part in parts)}
+    if text is not model.config:
+        decoder, ends = model.get_decoder(), (model.get_input_embeddings(), model.get_output_embeddings())
+        prefix = next(name for name, module in modules.items() if module is decoder)
+        others |= {
+            name
+            for name, module in modules.items()
+            if not f"{name}.".startswith(f"{prefix}.") and not any(module is end for end in ends)
+        }
+    return frozenset(others)
 
 
 def build_skeleton(config: Any, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -52,6 +52,22 @@ VARIANTS = {
     "gpt_bigcode-heads": PER_HEAD,
     "dbrx": {**DBRX, "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 2, "moe_top_k": 1}},
     "gpt_neox_japanese": {"intermediate_multiple_size": 2},
+    "phi4_multimodal": {
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "crop_size": 28,
+        },
+        "audio_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_blocks": 1,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": 16,
+        },
+    },
 }
 FAMILY_SLICES: dict[str, tuple[str, Slices]] = {
     "bloom": ("query_key_value", by_head),
@@ -69,6 +85,7 @@ FAMILY_SLICES: dict[str, tuple[str, Slices]] = {
     "openai-gpt": ("c_attn", stacked(32, 32, 32)),
     "persimmon": ("query_key_value", by_head),
     "phi3": ("qkv_proj", stacked(32, 16, 16)),
+    "phi4_multimodal": ("qkv_proj", stacked(32, 16, 16)),
 }
 
 
