@@ -36,8 +36,13 @@ def resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor], ad
         rows = {known + len(added)}
     if len(rows) == 1:
         before = {name: len(module.weight) for name, module in _ends(model)}
-        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+        model.resize_token_embeddings(count := rows.pop(), mean_resizing=False)
         _fill_added_rows(model, state, adapter, before)
+        if count > known and not adapter.has_tokenizer:
+            note(
+                f"adapter {adapter.path} brings {count:,} embedding rows, its base {known:,}: its training may have added tokens, but it holds no tokenizer, "
+                "so the base's is used; copy the tokenizer of its training into that directory"
+            )
 
 
 @torch.no_grad()

@@ -57,6 +57,16 @@ def test_an_adapter_with_added_tokens_brings_its_rows_and_its_tokenizer(tiny_mod
     assert "<call>" in AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
 
 
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_rows_of_added_tokens_without_the_tokenizer_that_has_them_are_named(has_tokenizer, tiny_model, tmp_path, capsys):
+    foreign(tiny_model, tmp_path / "adapter", LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size + 1)
+    if has_tokenizer:
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "adapter")
+    for write in (merge_adapter, export_adapter):
+        write(resolve_model(str(tmp_path / "adapter")), tmp_path / write.__name__)
+        assert ("so the base's is used; copy the tokenizer of its training" in capsys.readouterr().err) != has_tokenizer
+
+
 def test_an_adapter_with_added_tokens_is_exported_with_its_rows_and_its_tokenizer(tiny_model, tmp_path):
     rows = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size + 1
     expected = foreign(tiny_model, tmp_path / "adapter", rows)
