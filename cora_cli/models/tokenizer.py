@@ -47,6 +47,7 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
         # The program that trained the adapter wrote the file. Without config.json transformers goes by the class in tokenizer_config.json, which for some
         # types it knows to be wrong, and not by settings of the class that it has not written.
         tokenizer, is_other = PreTrainedTokenizerFast.from_pretrained(model.path), False
+        tokenizer("")  # as in `_load`; the file may keep the padding and the length of an earlier use, which end with a call
     _refuse_empty(model, tokenizer)
     _say_other_templates(model, tokenizer)
     if adapter is not None and not adapter.has_tokenizer and adapter.chat_template.is_file():
