@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from cora_cli import __version__, hashing, rundir, writing
-from cora_cli.basis.choices import BasisChoices, GroupMapping, Side, natural_order
+from cora_cli.basis.choices import BasisChoices, GroupMapping, Side, is_target, natural_order
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.reading import Malformed, fault_of, parse_json, refuse_pointer
 from cora_cli.records import BasisFile
@@ -114,8 +114,8 @@ class Basis:
     def for_module(self, name: str, rank: int, features: int, side: Side = "output") -> torch.Tensor:
         """B for module `name`, or Aᵀ if `side` is `input`: the first `rank` directions of its group, (features, rank) float32.
 
-        `features` is the module's dimension on that side. Raises `CoraError` if the basis has no group for the module, the
-        dimension differs, `rank` exceeds R, or `side` is `input` and the basis holds output-side directions.
+        `features` is the module's dimension on that side. Raises `CoraError` if the basis has no group for the module or
+        was not extracted from it, the dimension differs, `rank` exceeds R, or `side` is `input` and the basis holds output-side directions.
         """
         if side == "input" and self.choices.side != "input":
             raise CoraError(
@@ -126,6 +126,11 @@ class Basis:
             known = sorted(self.directions, key=natural_order)
             shown = ", ".join(known[:3]) + (f", … ({len(known)} in all)" if len(known) > 3 else "")
             raise CoraError(f"basis {self.path} has no group for module {name}, only for {shown}; extract one that includes it")
+        if self.choices.share != "module" and not any(is_target(name, target) for target in self.choices.target_modules):
+            raise CoraError(
+                f"basis {self.path} was extracted from {', '.join(self.choices.target_modules)}, and not from {name}; extract one that includes it with "
+                "--target-modules"
+            )
         directions = self.directions[group]
         if features != len(directions):
             remedy = "one from models of this architecture" if side == self.choices.side else f"one with --side {side}"

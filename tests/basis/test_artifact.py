@@ -129,6 +129,17 @@ def test_a_module_that_the_basis_cannot_serve_is_refused(basis, arguments, said)
         basis.for_module(*arguments)
 
 
+@pytest.mark.parametrize("share", ["layer", "global"])
+def test_a_shared_basis_serves_no_module_that_it_was_not_extracted_from(share, grouped_models, tmp_path):
+    choices = BasisChoices(share=share, rank=4, target_modules=("k_proj",))
+    extract_basis([local(model) for model in grouped_models], tmp_path / "basis", choices, None, CPU)
+    shared = read_basis(tmp_path / "basis")
+    name = "model.layers.0.self_attn.{}"
+    features = len(shared.for_module(name.format("k_proj"), 2, len(next(iter(shared.directions.values())))))
+    with pytest.raises(CoraError, match=r"was extracted from k_proj, and not from model\.layers\.0\.self_attn\.v_proj"):
+        shared.for_module(name.format("v_proj"), 2, features)
+
+
 def test_the_text_part_that_is_loaded_of_an_image_model_has_its_architecture():
     assert differing_key({"model_type": "llama4", "hidden_size": 16}, {"model_type": "llama4_text", "hidden_size": 16}) is None
     assert differing_key({"model_type": "llama4"}, {"model_type": "qwen3_5_text"}) == "model_type"
