@@ -262,7 +262,7 @@ class AdapterFactors:
         for module, key in self._full_keys.items():
             if module not in shapes and not self._is_saved(module) and not {module, module.rpartition(".")[2]} & named:
                 raise CoraError(
-                    f"{self.reference}: {key} belongs to no module of its base, and is neither a lora_A or lora_B matrix nor the weight "
+                    f"{self.reference}: {key} is of no linear layer of its base, and is neither a lora_A or lora_B matrix nor the weight "
                     "of a module in modules_to_save; it must be named as PEFT's save_pretrained names it"
                 )
 

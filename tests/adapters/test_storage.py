@@ -269,6 +269,14 @@ def test_an_adapter_without_any_b_is_refused_also_where_cora_knows_nothing_of_it
     assert "4 keys do not fit the model" in failure(load(), copied)
 
 
+def test_a_weight_that_the_configuration_does_not_train_is_refused_as_that(copied, load):
+    (copied / SIDE_FILE).unlink()
+    norm = {"base_model.model.model.norm.weight": torch.ones(64)}
+    save_file(load_file(copied / WEIGHTS_FILE) | norm, copied / WEIGHTS_FILE)
+    said = failure(load(), copied)
+    assert "model.norm.weight, is a weight that nothing in its adapter_config.json trains; if it was trained, name its layer" in said
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_an_adapter_of_peft_alone_is_loaded_in_its_pickled_form_too_and_checked_alike(broken, load, tmp_path):
     directory = tmp_path / "adapter"

@@ -113,7 +113,7 @@ def test_factors_under_other_names_than_pefts_are_refused_by_key(copy):
             tensors[key.replace(".weight", ".default.weight")] = tensors.pop(key)
 
     change_tensors(copy, rename)
-    with pytest.raises(CoraError, match=r"lora_A\.default\.weight belongs to no module of its base"):
+    with pytest.raises(CoraError, match=r"lora_A\.default\.weight is of no linear layer of its base"):
         open_source(local(copy))
 
 
