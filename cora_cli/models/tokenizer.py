@@ -28,6 +28,7 @@ _OF_ALL_KINDS = (
 )
 """A text of what tokenizers split in different ways: numbers, apostrophes, capital letters within a word, signs in front of a new line; letters of several
 alphabets, and their marks; what the normal forms of Unicode (NFC, NFKC) write otherwise; white space."""
+_WITHOUT_VOCABULARY = frozenset({"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"})
 _ADDED = 100
 """How many of a tokenizer's added tokens are tried; some reserve thousands."""
 
@@ -91,6 +92,8 @@ def _load(model: ModelPath, trust_remote_code: bool) -> Any:
             raise CoraError(
                 f"{model.reference} holds no tokenizer; copy the files of its tokenizer, such as tokenizer.json, into that directory"
             ) from error
+        if {file.name for file in model.vocabulary_files()} <= _WITHOUT_VOCABULARY:
+            raise _lacks_vocabulary(model, "is incomplete") from error
         _refuse_sentencepiece(model)
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
     model.require_unchanged()
@@ -121,11 +124,14 @@ def _refuse_empty(model: ModelPath, tokenizer: Any) -> None:
         return
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     if not tokenizer.get_vocab().keys() - added - {*tokenizer.all_special_tokens, "▁"}:  # which stands for a space
-        instead = "remove tokenizer_config.json to have that of the base" if model.is_adapter else "download the model again"
-        raise CoraError(
-            f"the tokenizer of {model.reference} knows no tokens but special ones: a file of its vocabulary is missing, such as tokenizer.json; copy it "
-            f"into that directory, or {instead}"
-        )
+        raise _lacks_vocabulary(model, "knows no tokens but special ones")
+
+
+def _lacks_vocabulary(model: ModelPath, what: str) -> CoraError:
+    instead = "remove tokenizer_config.json to have that of the base" if model.is_adapter else "download the model again"
+    return CoraError(
+        f"the tokenizer of {model.reference} {what}: a file of its vocabulary is missing, such as tokenizer.json; copy it into that directory, or {instead}"
+    )
 
 
 def _refuse_sentencepiece(model: ModelPath) -> None:

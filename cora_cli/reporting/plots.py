@@ -19,6 +19,8 @@ from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.variance import Spectrum
 
 _LINES = ("-", "--", ":", "-.")
+_PANELS = 12
+"""Of explained variance; a mixture of experts has many kinds of layers."""
 _LEGEND_LETTERS = 118
 """The number of legend letters that fit on one line of a figure of 7.2 inches."""
 _ABOUT_ONE_SIZE = 1.15
@@ -76,7 +78,8 @@ def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
 
 def draw_variance(spectra: Sequence[Spectrum], prefix: str, heading: str = "Explained variance of the bases") -> Figure:
     """Cumulative explained variance against the number of directions, one panel per kind of group."""
-    kinds = list(dict.fromkeys(spectrum.kind for spectrum in spectra))[:6]
+    found = list(dict.fromkeys(spectrum.kind for spectrum in spectra))
+    kinds = found[:_PANELS]
     columns = min(3, len(kinds))
     rows = math.ceil(len(kinds) / columns)
     palette = Palette([spectrum.label for spectrum in spectra])
@@ -88,6 +91,7 @@ def draw_variance(spectra: Sequence[Spectrum], prefix: str, heading: str = "Expl
         heading,
         f"Share of ‖M‖² (PCA: after the mean column is subtracted) in the leading directions. Line: mean over the groups of a kind; band: their "
         f"range. Number of groups: {counted}."
+        + (f" Not shown: {len(found) - len(kinds)} more kinds." if len(found) > len(kinds) else "")
         + (f" Bases in one line, which differ in their models alone: {alike}." if alike else ""),
         lambda figure: _variance(figure, spectra, kinds, rows, columns, palette),
         (7.2, 2.5 * rows + 0.4),

@@ -274,7 +274,10 @@ def test_a_weight_that_the_configuration_does_not_train_is_refused_as_that(copie
     norm = {"base_model.model.model.norm.weight": torch.ones(64)}
     save_file(load_file(copied / WEIGHTS_FILE) | norm, copied / WEIGHTS_FILE)
     said = failure(load(), copied)
-    assert "model.norm.weight, is a weight that nothing in its adapter_config.json trains; if it was trained, name its layer" in said
+    assert (
+        "model.norm.weight, is a weight that nothing in its adapter_config.json trains; if it was trained, name its layer"
+        in said
+    )
 
 
 @pytest.mark.parametrize("broken", [False, True])

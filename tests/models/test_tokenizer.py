@@ -30,6 +30,15 @@ def test_a_tokenizer_of_sentencepiece_alone_names_the_packages_that_it_needs(abs
         load_tokenizer(resolve_model(str(directory)))
 
 
+def test_a_tokenizer_s_configuration_alone_is_refused_with_what_is_missing(tiny_model, tmp_path):
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    (directory / "tokenizer.json").unlink()
+    place = directory / "tokenizer_config.json"
+    writing.write_json(place, {**json.loads(place.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"})
+    with pytest.raises(CoraError, match=r"a file of its vocabulary is missing, such as tokenizer\.json; copy it"):
+        load_tokenizer(resolve_model(str(directory)))
+
+
 def test_a_tokenizer_without_an_end_token_is_refused_with_the_one_that_the_model_names(tiny_model, tmp_path):
     directory = shutil.copytree(tiny_model, tmp_path / "model")
     place = directory / "tokenizer_config.json"

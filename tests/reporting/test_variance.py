@@ -39,6 +39,15 @@ def test_the_figure_says_that_a_line_is_of_several_bases(extract):
     assert "alone" not in draw_variance([dataclasses.replace(each, bases=1) for each in spectra], "").caption
 
 
+def test_every_kind_of_layer_has_a_panel_or_is_counted_as_left_out(extract):
+    spectra, _ = read_spectra({extract("one"): None})
+    seven, many = ([dataclasses.replace(spectra[0], kind=f"kind{number}") for number in range(count)] for count in (7, 20))
+    caption = draw_variance(seven, "").caption
+    assert "kind6: " in caption
+    assert "Not shown" not in caption
+    assert "Not shown: 8 more kinds." in draw_variance(many, "").caption
+
+
 def test_a_file_that_holds_another_basis_than_the_one_that_was_trained_with_has_no_curve(extract):
     path = extract("basis")
     spectra, (said,) = read_spectra({path: 2}, {path: {"0" * 64}})
