@@ -35,7 +35,8 @@ def start_that_changes_base(config: Mapping[str, Any]) -> str | None:
     Such an adapter, unless PEFT converted it when it was saved, applies to the changed W.
     """
     start = config.get("init_lora_weights")
-    return None if start in _KEEP_BASE else str(start)
+    known = start.lower() if isinstance(start, str) else start  # some of PEFT's comparisons ignore case
+    return None if known in _KEEP_BASE else str(start)
 
 
 def peft_loads(adapter: ModelPath) -> bool:

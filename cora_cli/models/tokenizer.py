@@ -200,17 +200,17 @@ def _texts_of_all_kinds(added: Iterable[Any]) -> list[str]:
     return [_OF_ALL_KINDS, spelled, " It is", "\nIt is"]
 
 
-def _tokens(tokenizer: Any, text: str, ends: bool = True) -> list[int] | None:
+def _tokens(tokenizer: Any, text: str) -> list[int] | None:
     """The tokens of a text, without a change to the tokenizer: CodeLlama's is another one after a text with its token for infilling.
 
     None where it has none for some character, such as those of DNA.
     """
     try:
         if isinstance(tokenizer, Tokenizer):
-            return [*tokenizer.encode(text, add_special_tokens=ends).ids]
+            return [*tokenizer.encode(text).ids]
         if tokenizer.is_fast:
-            return _tokens(tokenizer.backend_tokenizer, text, ends)
-        return [*tokenizer(text, add_special_tokens=ends)["input_ids"]]
+            return _tokens(tokenizer.backend_tokenizer, text)
+        return [*tokenizer(text)["input_ids"]]
     except Exception:  # the library raises nothing more special
         return None
 
@@ -226,12 +226,8 @@ def _gives_other_tokens(model: ModelPath, tokenizer: Any) -> bool:
     described = Tokenizer.from_file(str(path))
     described.no_truncation()
     described.no_padding()
-    config = model.path / "tokenizer_config.json"
-    stated = read_foreign(config, dict[str, Any]) if config.is_file() else {}
-    # Where the tokens at both ends are settings, these decide and not tokenizer.json.
-    ends = not {"add_bos_token", "add_eos_token"} & stated.keys()
     return any(
-        _tokens(described, text, ends) != _tokens(tokenizer, text, ends)
+        _tokens(described, text) != _tokens(tokenizer, text)
         for text in _texts_of_all_kinds(described.get_added_tokens_decoder().values())
     )
 

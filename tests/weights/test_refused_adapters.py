@@ -53,6 +53,11 @@ def test_adapters_that_are_not_w_plus_scaled_b_a_are_refused(copy, changed, said
         open_source(local(copy))
 
 
+def test_a_start_that_peft_reads_in_any_case_of_letters_is_not_taken_for_a_change_of_the_base(copy):
+    change_config(copy, init_lora_weights="Gaussian")
+    assert open_source(local(copy)).read(Q0).any()
+
+
 def test_an_adapter_of_rank_0_is_refused(copy):
     def empty(tensors):
         for key in tensors:
