@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from cora_cli.errors import CoraError, is_out_of_memory
 from cora_cli.models.precision import UNSUPPORTED, forget_failed_pass
@@ -23,7 +24,7 @@ _ROUNDING = 1e-5
 
 def require_causal(model: Any, reference: str) -> None:
     """Raise `CoraError` for a model whose tokens attend to later ones by its configuration, such as a BERT that is not a decoder."""
-    others = other_modalities(model)
+    others = other_modalities(model) | _other_parts(model)
     own = [(name, module) for name, module in model.named_modules() if name not in others and not _CROSS.search(name)]
     flags = {flag for _, module in own if type(flag := getattr(module, "is_causal", None)) is bool}
     encodes = getattr(model.config, "is_decoder", True) is False and _reads(model, "is_decoder") and True not in flags
@@ -75,6 +76,15 @@ def require_causal_pass(model: Any, tokens: Sequence[int], **arguments: Any) -> 
             f"the tokens of {model.config.name_or_path or 'this model'}, a {model.config.model_type} model, attend to later ones, so it cannot predict "
             "the next token; use a causal language model"
         )
+
+
+def _other_parts(model: Any) -> frozenset[str]:
+    """The modules of parts that are models with a kind of configuration of their own, such as an encoder of images."""
+    kinds = {type(model.config), type(model.config.get_text_config(decoder=True))}
+    parts = [
+        name for name, part in model.named_modules() if isinstance(part, PreTrainedModel) and type(part.config) not in kinds
+    ]
+    return frozenset(name for name, _ in model.named_modules() if any(f"{name}.".startswith(f"{part}.") for part in parts))
 
 
 def _reads(model: Any, setting: str) -> bool:

@@ -117,6 +117,16 @@ def parts_of(config: Any) -> Iterator[Any]:
             yield from parts_of(value)
 
 
+def decoder_of(config: Any) -> Any:
+    """The configuration of the model that reads and writes the text: transformers', or that in an entry of its own name that code of a model's own
+    keeps it in, such as `llm_config`: the only one with a vocabulary."""
+    text = config.get_text_config(decoder=True)
+    if text is config and not type(config).__module__.startswith("transformers."):
+        within = [part for part in parts_of(config) if part is not config and getattr(part, "vocab_size", None) is not None]
+        return within[0] if len(within) == 1 else text
+    return text
+
+
 def remove_dropout(config: Any) -> dict[str, float]:
     """Set every dropout of a configuration, and every noise on the routing of experts, to 0. Returns what was above it, by name."""
     found: dict[str, float] = {}
@@ -162,7 +172,7 @@ def balances_experts(stated: Mapping[str, Any]) -> bool:
 
 def length_limits(config: Any) -> set[int]:
     """The lengths in tokens at which a model's attention or positions change."""
-    decoder = config.get_text_config(decoder=True)
+    decoder = decoder_of(config)
     limits = {value for part in parts_of(decoder) for name in WINDOWS if type(value := getattr(part, name, None)) is int}
     limits |= set((getattr(decoder, "compress_rates", None) or {}).values())  # tokens to a key that stands for all of them
     switch = rope_switch(config)
@@ -175,7 +185,7 @@ def rope_switch(config: Any) -> int | None:
     Such a model (LongRoPE, arXiv 2402.13753, or dynamic NTK) takes the length from the largest position of the pass, so examples on
     both sides of it do not go together.
     """
-    decoder = config.get_text_config(decoder=True)
+    decoder = decoder_of(config)
     rope = getattr(decoder, "rope_parameters", None) or {}
     for parameters in (rope, *rope.values()):
         kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
@@ -188,7 +198,7 @@ def rope_switch(config: Any) -> int | None:
 
 def depends_on_batch(config: Any) -> bool:
     """Whether attention depends on the length of the batch, padding included: where it is sparse in blocks, or chooses keys by content."""
-    decoder = config.get_text_config(decoder=True)
+    decoder = decoder_of(config)
     return (
         getattr(decoder, "attention_type", None) == "block_sparse"
         or hasattr(decoder, "lsh_attn_chunk_length")

@@ -19,7 +19,7 @@ from cora_cli import writing
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.models.causality import require_causal
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
-from cora_cli.models.configuration import RESCALED, keep_scales, load_configuration
+from cora_cli.models.configuration import RESCALED, decoder_of, keep_scales, load_configuration
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.own_code.classes import complete_class, has_own_code
 from cora_cli.models.own_code.ties import listed_ties
@@ -408,7 +408,7 @@ def _scaled_context(text: Any) -> int:
 
 def context_length(config: Any) -> int:
     """The longest sequence that the model supports, in tokens, according to its configuration; `UNSTATED` where that does not tell."""
-    text = config.get_text_config(decoder=True)
+    text = decoder_of(config)
     names = (*_CONTEXTS, *(_CONTEXTS_OF_OWN_CODE if _has_own_code(config) else ()))
     stated = next((length for name in names if isinstance(length := getattr(text, name, None), int) and length > 0), UNSTATED)
     stated = max(stated, _scaled_context(text))

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.model_path import ModelPath
-from cora_cli.models.own_code.classes import complete_class, has_own_code
+from cora_cli.models.own_code.classes import complete_class, embedding_of, has_own_code
 from cora_cli.models.own_code.ties import listed_ties
 
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
@@ -222,23 +222,33 @@ def fused_experts(model: torch.nn.Module) -> list[str]:
 def other_modalities(model: Any) -> frozenset[str]:
     """The modules of a model of several modalities that are no part of its language model.
 
-    These are the ones outside its decoder, its embedding and its head, and within the decoder the parts that are models with a kind of
-    configuration of their own, such as Phi-4-multimodal's encoders of images and sounds.
+    These are the ones outside its decoder, its embedding and its head, and within the decoder the models that read no text, such as
+    Phi-4-multimodal's encoders of images and sounds. Where no configuration tells the decoder, as in code of a model's own, it is the part with another
+    kind of configuration that has the embedding of the text.
     """
-    modules = dict(model.named_modules())
-    text = model.config.get_text_config(decoder=True)
-    kinds = {type(model.config), type(text)}
-    parts = [name for name, part in modules.items() if isinstance(part, PreTrainedModel) and type(part.config) not in kinds]
-    others = {name for name in modules if any(f"{name}.".startswith(f"{part}.") for part in parts)}
-    if text is not model.config:
-        decoder, ends = model.get_decoder(), (model.get_input_embeddings(), model.get_output_embeddings())
+    modules, embedding = dict(model.named_modules()), embedding_of(model)
+    parts = {name: part for name, part in modules.items() if isinstance(part, PreTrainedModel)}
+    apart = [name for name, part in parts.items() if "text" not in part.input_modalities]
+    others = {name for name in modules if any(_is_below(name, part) for part in apart)}
+    prefix = ""
+    if model.config.get_text_config(decoder=True) is not model.config:
+        decoder = model.get_decoder()
         prefix = next(name for name, module in modules.items() if module is decoder)
+    elif has_own_code(model):
+        kind = type(model.config)
+        holders = (name for name, part in parts.items() if any(module is embedding for module in part.modules()))
+        prefix = next((name for name in holders if type(parts[name].config) is not kind), "")
+    if prefix:
+        ends = (embedding, model.get_output_embeddings())
         others |= {
-            name
-            for name, module in modules.items()
-            if not f"{name}.".startswith(f"{prefix}.") and not any(module is end for end in ends)
+            name for name, module in modules.items() if not _is_below(name, prefix) and not any(module is end for end in ends)
         }
     return frozenset(others)
+
+
+def _is_below(name: str, part: str) -> bool:
+    """Whether a module is another one, or within it."""
+    return f"{name}.".startswith(f"{part}.")
 
 
 def build_skeleton(config: Any, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -163,10 +163,12 @@ class CoraTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter, or the complete model under its own names, from the main process; all of them call this."""
-        if self._plan is not None:
-            super().save_model(output_dir, _internal_call)
-            return
         model: Any = self.model
+        if self._plan is not None:
+            if self.args.should_save:
+                # PEFT would look for the size of the vocabulary in config.json, where models with code of their own may state none.
+                model.save_pretrained(output_dir, save_embedding_layers=False)
+            return
         weights = complete_weights(model, self.args.should_save) if self._divides_trained else None
         if self.args.should_save:
             # In the original form, the experts that transformers fuses would have names that the model does not know.

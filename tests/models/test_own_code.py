@@ -221,6 +221,8 @@ def nano(directory: Path, tied: bool = False, **changes: str) -> Path:
     return directory
 
 
+PADDED = "size = config.n_vocab + 64; self.tok, self.head = nn.Embedding(size, width), nn.Linear(width, size, bias=False)"
+"""No entry of the configuration is the number of the embedding's rows."""
 GENERATES = {"generates": "GenerationMixin, ", "base": ", GenerationMixin"}
 
 
@@ -237,6 +239,7 @@ GENERATES = {"generates": "GenerationMixin, ", "base": ", GenerationMixin"}
             marks=pytest.mark.slow,
         ),
         (False, {"arguments": "input_ids, use_cache=True", "returned": f"{OLDER} if use_cache else {OUTPUT}"}),
+        (False, {"tie": PADDED}),
     ],
 )
 def test_a_model_whose_class_lacks_what_others_have_is_trained_written_and_answers(
