@@ -42,9 +42,11 @@ def inventory(root: Path) -> list[Entry]:
         raise CoraError(f"{root} is {'a file' if root.exists() else 'not there'}; name a folder with runs")
     found = []
     for folder, files in sorted(folders_below(root)):
-        if (run := RunDirectory(folder)).exists():
+        if (run := RunDirectory(folder)).exists() and _is_record(run.record, records.Run):
             found.append(_run(run))
-        if (evaluation := EvaluationDirectory(folder)).generation.is_file() or evaluation.metrics.is_file():
+        if (evaluation := EvaluationDirectory(folder)).generation.is_file() or (
+            evaluation.metrics.is_file() and _is_record(evaluation.metrics, records.Metrics)
+        ):
             found.append(_evaluation(evaluation))
         found += [basis for name in files if name.endswith(".safetensors") if (basis := _basis(folder / name))]
     return found
@@ -58,6 +60,9 @@ def outputs_below(root: Path) -> list[Path]:
             continue
         if _is_output(folder):
             found.append(folder)
+            continue
+        for path in (path for path, _ in _records_in(folder) if path.is_file()):
+            say(f"{path} is left out, since it is another program's")
     return found
 
 
@@ -104,8 +109,27 @@ def _walk(root: Path, opaque: frozenset[str], deeper: bool = True) -> Iterator[t
 
 def _is_output(folder: Path) -> bool:
     """Whether a folder is a grid, a run, an evaluation or a judging."""
-    evaluated = EvaluationDirectory(folder).metrics.is_file() or JudgeDirectory(folder).result.is_file()
-    return (folder / "plan.json").is_file() or RunDirectory(folder).exists() or evaluated
+    return any(path.is_file() and _is_record(path, schema) for path, schema in _records_in(folder))
+
+
+def _records_in(folder: Path) -> list[tuple[Path, Any]]:
+    """Where an output in `folder` keeps its record, and what is in it."""
+    run = RunDirectory(folder)
+    return [
+        (folder / "plan.json", records.GridPlan),
+        *([(run.record, records.Run)] if run.exists() else []),
+        (EvaluationDirectory(folder).metrics, records.Metrics),
+        (JudgeDirectory(folder).result, records.Judging),
+    ]
+
+
+def _is_record(path: Path, schema: Any) -> bool:
+    """Whether `cora` may have written a file, which may be damaged; other programs write a `metrics.json` or `run.json` too."""
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # `Malformed` among them
+        return True
+    return not isinstance(value, dict) or len(value.keys() & schema.__annotations__.keys()) > 1
 
 
 def _run(run: RunDirectory) -> Entry:

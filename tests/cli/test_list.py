@@ -139,6 +139,19 @@ def test_an_interrupt_says_what_is_kept(capsys):
     assert capsys.readouterr().err == "cora: interrupted; all is kept\n"
 
 
+def test_records_of_other_programs_are_no_outputs(folder, capsys):
+    before = inventory(folder), outputs_below(folder)
+    (folder / "other").mkdir()
+    for name, content in (("metrics.json", '{"accuracy": 0.9}'), ("run.json", '{"id": 1}'), ("plan.json", "{}")):
+        (folder / "other" / name).write_text(content)
+    capsys.readouterr()
+    assert (inventory(folder), outputs_below(folder)) == before
+    said = capsys.readouterr().err
+    assert f"{folder / 'other' / 'metrics.json'} is left out, since it is another program's" in said
+    (folder / "other" / "run.json").write_text('{"format": 1, "status": "fini')  # cut off
+    assert folder / "other" in outputs_below(folder)
+
+
 def test_a_link_to_a_grid_is_that_grid(folder, tmp_path):
     (folder / "grid" / "again").symlink_to(folder)  # no link below a link is followed
     (tmp_path / "links").mkdir()
