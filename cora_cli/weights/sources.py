@@ -4,6 +4,7 @@ Complete models and LoRA adapters on a base share one interface. `extraction.mer
 """
 
 import abc
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +33,8 @@ _ARCHITECTURE_KEYS = (
     "intermediate_size",
     "vocab_size",
 )
+_IN_STACK = re.compile(r"(.+?)\.\d+\.")
+"""A layer with its number, in the part of a model that holds it."""
 
 
 def architecture_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +75,15 @@ class WeightSource(abc.ABC):
         return match_targets(list(self.shapes), target_modules, self.reference)
 
     def say_left_out(self, target_modules: Sequence[str]) -> None:
-        """Say which weights that `target_modules` match are not read, and which changes are no part of any weight."""
+        """Say which weights that `target_modules` match are not read, which changes are no part of any weight, and where the weights are of several parts
+        of a model: what a part reads only code of the model's own may know, which is not run."""
+        matched = [module for module in self.shapes if any(is_target(module, target) for target in target_modules)]
+        stacks = sorted({found[1] for module in matched if (found := _IN_STACK.match(module))})
+        if len(stacks) > 1:
+            note(
+                f"{self.reference}: the target modules are layers of several parts: {', '.join(stacks)}; if one of them reads no text, leave it out by the "
+                "full names of the others' layers in --target-modules"
+            )
         if left_out := [key for key in self.skipped if any(is_target(key.removesuffix(".weight"), t) for t in target_modules)]:
             note(
                 f"{self.reference}: weights that are left out, since they belong to no layer of the language model that an adapter changes: "

@@ -419,3 +419,16 @@ def test_layers_that_the_files_hold_as_one_tensor_are_read_apart(tmp_path):
     first = next(name for name in linears if name.endswith("q_proj"))
     assert source.sharing([first]) == {first}
     assert stored_types(local(tmp_path / "model")).keys() == dict(loaded.named_parameters()).keys()
+
+
+def test_targets_in_several_parts_of_a_model_of_its_own_code_are_named(copy, capsys):
+    change_config(copy, model_type="of its own", auto_map={"AutoModelForCausalLM": "code.Model"})
+    for weights in copy.glob("*.safetensors"):
+        tensors = load_file(weights)
+        open_source(local(copy)).say_left_out(["q_proj"])
+        assert "several parts" not in capsys.readouterr().err
+        save_file({**tensors, "vision.encoder.0.q_proj.weight": torch.ones(16, 16)}, weights, metadata={"format": "pt"})
+    open_source(local(copy)).say_left_out(["q_proj"])
+    assert "the target modules are layers of several parts: model.layers, vision.encoder; if one" in capsys.readouterr().err
+    open_source(local(copy)).say_left_out(["k_proj"])
+    assert "several parts" not in capsys.readouterr().err
