@@ -317,7 +317,8 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
         taken = type(wrapped.get_base_model()).__name__  # which may be the part for text of a class for images and text
         kind = "is missing" if lost[0] in expected else f"belongs to no layer of {taken}"
         known = {name for name, _ in wrapped.get_base_model().named_modules()}
-        if lost[0].removeprefix(PREFIX) in dict(wrapped.get_base_model().named_parameters()):
+        own = {name for name, _ in wrapped.get_base_model().named_parameters() if f".{ADAPTER}." not in name}
+        if lost[0].removeprefix(PREFIX) in own:
             kind = "is a weight that nothing in its adapter_config.json trains; if it was trained, name its layer there in modules_to_save"
         elif lost[0] not in expected and any(name.endswith(f".{module_of(lost[0])}") for name in known):
             kind += (

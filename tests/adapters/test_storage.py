@@ -280,6 +280,15 @@ def test_a_weight_that_the_configuration_does_not_train_is_refused_as_that(copie
     )
 
 
+def test_factors_with_the_name_of_the_adapter_in_their_keys_are_not_taken_for_weights_of_the_model(copied, load):
+    (copied / SIDE_FILE).unlink()
+    tensors = {key.replace(".weight", ".default.weight"): tensor for key, tensor in load_file(copied / WEIGHTS_FILE).items()}
+    save_file(tensors, copied / WEIGHTS_FILE)
+    said = failure(load(), copied)
+    assert "keys do not fit the model" in said
+    assert "modules_to_save" not in said
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_an_adapter_of_peft_alone_is_loaded_in_its_pickled_form_too_and_checked_alike(broken, load, tmp_path):
     directory = tmp_path / "adapter"
