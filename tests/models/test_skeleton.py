@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cora_cli.models.configuration import length_limits
 from cora_cli.models.loading import context_length
-from cora_cli.models.skeleton import other_modalities
+from cora_cli.models.skeleton import build_skeleton, other_modalities
 
 from .fused import model_of
 
@@ -54,3 +54,7 @@ def test_a_part_with_a_configuration_of_its_own_and_the_embedding_is_the_languag
     assert {name for name in others if name} == {"vision_model", "vision_model.0"}
     assert context_length(config) == 64
     assert length_limits(TwoPartsConfig({**sizes, "sliding_window": 5})) == {5} | length_limits(config)
+
+
+def test_parts_that_read_text_are_no_other_modality_whatever_their_configuration() -> None:
+    assert not other_modalities(build_skeleton(AutoConfig.for_model("blt")))
