@@ -57,13 +57,19 @@ def sha256_file(path: Path) -> str:
 
 
 def begins_as(path: Path, sha256: str) -> bool:
-    """Whether the file, to which lines may have been added since, has this hash up to the end of one of its lines."""
+    """Whether the file, to which lines may have been added since, has this hash up to the end of one of its lines.
+
+    Raises `CoraError` if the file cannot be read.
+    """
     so_far = hashlib.sha256()
-    with path.open("rb") as file:
-        for line in file:
-            if so_far.hexdigest() == sha256:
-                return True
-            so_far.update(line)
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if so_far.hexdigest() == sha256:
+                    return True
+                so_far.update(line)
+    except OSError as error:
+        raise CoraError(f"{path} cannot be read: {error.strerror or error}") from error
     return so_far.hexdigest() == sha256
 
 
