@@ -26,7 +26,7 @@ from cora_cli.training.run import train
 from .helpers import config_for, log_lines, losses, record_of, run_together
 
 # Nine examples are two optimizer batches of four and one of one, in which the second process has a ghost. The three held-out records
-# and rows of at most 60 tokens give the processes different numbers of forward passes.
+# and rows of at most 64 tokens give the processes different numbers of forward passes.
 SHORT: dict[str, Any] = {
     "limit": 9,
     "test_size": 3.0,
@@ -58,7 +58,7 @@ def test_a_sharded_run_stopped_and_resumed_is_that_of_one_process(tiny_model: Pa
     for mode in ("lora", "full"):
         one = config_for(tiny_model, tiny_data, tmp_path / mode, mode=mode, **SHORT)
         train(one)
-        rows: dict[str, Any] = {"tokens_per_row": 60} if mode == "lora" else {"gradient_checkpointing": True}
+        rows: dict[str, Any] = {"tokens_per_row": 64} if mode == "lora" else {"gradient_checkpointing": True}
         complete = replace(one, output_dir=str(tmp_path / f"{mode}-complete"), batch_size=2, shard="fsdp", **rows)
         parts = replace(complete, output_dir=str(tmp_path / f"{mode}-parts"))
         runs += [complete, replace(parts, stop_at=2), replace(parts, resume=True)]
@@ -71,7 +71,8 @@ def test_a_sharded_run_stopped_and_resumed_is_that_of_one_process(tiny_model: Pa
         one, complete, parts = (tmp_path / name for name in (mode, f"{mode}-complete", f"{mode}-parts"))
         lines, wanted = log_lines(complete), log_lines(one)
         for key in ("step", "loss", "grad_norm", "tokens"):
-            assert [line[key] for line in lines] == pytest.approx([line[key] for line in wanted], rel=1e-5), (mode, key)
+            rounding = 1e-4 if key == "grad_norm" else 1e-5  # a sum over all weights, in another order
+            assert [line[key] for line in lines] == pytest.approx([line[key] for line in wanted], rel=rounding), (mode, key)
         record, expected = record_of(complete), record_of(one)
         assert record["hardware"]["shard"] == "fsdp"
         assert "shard" not in expected["hardware"]
