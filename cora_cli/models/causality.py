@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from cora_cli.errors import CoraError, is_out_of_memory
 from cora_cli.models.precision import UNSUPPORTED, forget_failed_pass
-from cora_cli.models.skeleton import other_modalities
+from cora_cli.models.skeleton import is_below, other_modalities
 
 _CROSS = re.compile(r"cross|encoder_attn")
 """Attention to an encoder's states, which has no order."""
@@ -84,7 +84,7 @@ def _other_parts(model: Any) -> frozenset[str]:
     parts = [
         name for name, part in model.named_modules() if isinstance(part, PreTrainedModel) and type(part.config) not in kinds
     ]
-    return frozenset(name for name, _ in model.named_modules() if any(f"{name}.".startswith(f"{part}.") for part in parts))
+    return frozenset(name for name, _ in model.named_modules() if any(is_below(name, part) for part in parts))
 
 
 def _reads(model: Any, setting: str) -> bool:

@@ -117,11 +117,16 @@ def parts_of(config: Any) -> Iterator[Any]:
             yield from parts_of(value)
 
 
+def has_own_class(config: Any) -> bool:
+    """Whether the class of a configuration is none of transformers'."""
+    return not type(config).__module__.startswith("transformers.")
+
+
 def decoder_of(config: Any) -> Any:
     """The configuration of the model that reads and writes the text: transformers', or that in an entry of its own name that code of a model's own
     keeps it in, such as `llm_config`: the only one with a vocabulary."""
     text = config.get_text_config(decoder=True)
-    if text is config and not type(config).__module__.startswith("transformers."):
+    if text is config and has_own_class(config):
         within = [part for part in parts_of(config) if part is not config and getattr(part, "vocab_size", None) is not None]
         return within[0] if len(within) == 1 else text
     return text

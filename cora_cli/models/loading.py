@@ -19,7 +19,7 @@ from cora_cli import writing
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.models.causality import require_causal
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
-from cora_cli.models.configuration import RESCALED, decoder_of, keep_scales, load_configuration
+from cora_cli.models.configuration import RESCALED, decoder_of, has_own_class, keep_scales, load_configuration
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.own_code.classes import complete_class, has_own_code
 from cora_cli.models.own_code.ties import listed_ties
@@ -386,11 +386,7 @@ def save_model(
 
 def hides_context(config: Any) -> bool:
     """Whether the model may have a longest sequence of which its configuration does not tell, as one with code of its own."""
-    return _has_own_code(config) and context_length(config) == UNSTATED
-
-
-def _has_own_code(config: Any) -> bool:
-    return not type(config).__module__.startswith("transformers.")
+    return has_own_class(config) and context_length(config) == UNSTATED
 
 
 def _scaled_context(text: Any) -> int:
@@ -409,7 +405,7 @@ def _scaled_context(text: Any) -> int:
 def context_length(config: Any) -> int:
     """The longest sequence that the model supports, in tokens, according to its configuration; `UNSTATED` where that does not tell."""
     text = decoder_of(config)
-    names = (*_CONTEXTS, *(_CONTEXTS_OF_OWN_CODE if _has_own_code(config) else ()))
+    names = (*_CONTEXTS, *(_CONTEXTS_OF_OWN_CODE if has_own_class(config) else ()))
     stated = next((length for name in names if isinstance(length := getattr(text, name, None), int) and length > 0), UNSTATED)
     stated = max(stated, _scaled_context(text))
     # These number positions from behind the padding token's id.

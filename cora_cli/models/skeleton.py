@@ -21,7 +21,8 @@ from cora_cli.models.model_path import ModelPath
 from cora_cli.models.own_code.classes import complete_class, embedding_of, has_own_code
 from cora_cli.models.own_code.ties import listed_ties
 
-_NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
+NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
+"""The name of what belongs to a layer with a number, and of the stack of layers that holds it."""
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 """In the name of what belongs to a single expert; a loaded model may hold the weights of all in one parameter (`fused_experts`)."""
 
@@ -146,7 +147,7 @@ class Skeleton:
         """
         found: dict[tuple[str, int], set[str]] = {}
         for name, _ in self.names(keys).values():
-            if numbered := _NUMBERED.match(name):
+            if numbered := NUMBERED.match(name):
                 found.setdefault((numbered["stack"], int(numbered["number"])), set()).add(numbered["rest"])
         own = {layer for layer, parts in found.items() if any(f"{layer[0]}.{layer[1]}.{part}" in self._own for part in parts)}
         kinds = {(stack, frozenset(found[stack, number])) for stack, number in own}
@@ -229,7 +230,7 @@ def other_modalities(model: Any) -> frozenset[str]:
     modules, embedding = dict(model.named_modules()), embedding_of(model)
     parts = {name: part for name, part in modules.items() if isinstance(part, PreTrainedModel)}
     apart = [name for name, part in parts.items() if "text" not in part.input_modalities]
-    others = {name for name in modules if any(_is_below(name, part) for part in apart)}
+    others = {name for name in modules if any(is_below(name, part) for part in apart)}
     prefix = ""
     if model.config.get_text_config(decoder=True) is not model.config:
         decoder = model.get_decoder()
@@ -241,12 +242,12 @@ def other_modalities(model: Any) -> frozenset[str]:
     if prefix:
         ends = (embedding, model.get_output_embeddings())
         others |= {
-            name for name, module in modules.items() if not _is_below(name, prefix) and not any(module is end for end in ends)
+            name for name, module in modules.items() if not is_below(name, prefix) and not any(module is end for end in ends)
         }
     return frozenset(others)
 
 
-def _is_below(name: str, part: str) -> bool:
+def is_below(name: str, part: str) -> bool:
     """Whether a module is another one, or within it."""
     return f"{name}.".startswith(f"{part}.")
 

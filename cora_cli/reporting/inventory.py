@@ -116,7 +116,7 @@ def _records_in(folder: Path) -> list[tuple[Path, Any]]:
     """Where an output in `folder` keeps its record, and what is in it."""
     run = RunDirectory(folder)
     return [
-        (folder / "plan.json", records.GridPlan),
+        (folder / records.PLAN, records.GridPlan),
         *([(run.record, records.Run)] if run.exists() else []),
         (EvaluationDirectory(folder).metrics, records.Metrics),
         (JudgeDirectory(folder).result, records.Judging),

@@ -4,7 +4,6 @@ Complete models and LoRA adapters on a base share one interface. `extraction.mer
 """
 
 import abc
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +18,7 @@ from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, finite
 from cora_cli.models.fused import VIEWS, Layout, View
 from cora_cli.models.model_path import ModelPath
 from cora_cli.models.quantized import kind_stated
-from cora_cli.models.skeleton import skeleton_of
+from cora_cli.models.skeleton import NUMBERED, skeleton_of
 from cora_cli.progress import note
 from cora_cli.weights.factors import AdapterFactors
 from cora_cli.weights.matrices import is_known, loaded_matrices
@@ -33,8 +32,6 @@ _ARCHITECTURE_KEYS = (
     "intermediate_size",
     "vocab_size",
 )
-_IN_STACK = re.compile(r"(.+?)\.\d+\.")
-"""A layer with its number, in the part of a model that holds it."""
 
 
 def architecture_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +75,7 @@ class WeightSource(abc.ABC):
         """Say which weights that `target_modules` match are not read, which changes are no part of any weight, and where the weights are of several parts
         of a model: what a part reads only code of the model's own may know, which is not run."""
         matched = [module for module in self.shapes if any(is_target(module, target) for target in target_modules)]
-        stacks = sorted({found[1] for module in matched if (found := _IN_STACK.match(module))})
+        stacks = sorted({found["stack"] for module in matched if (found := NUMBERED.match(module))})
         if len(stacks) > 1:
             note(
                 f"{self.reference}: the target modules are layers of several parts: {', '.join(stacks)}; if one of them reads no text, leave it out by the "
